@@ -1,0 +1,107 @@
+"""Queries with the word range that each asks for.
+
+The paper takes its RL queries from WildChat-1M and LMSYS-Chat-1M and lets QwQ-32B predict the ranges. The kit ships
+queries of its own (252 for training, 72 held out; English and Chinese 2:1; the six WritingBench domains), written for
+it, with ranges set by hand, and a short variant of each for models that can only write a paragraph.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lwzlib.text import has_han
+
+QUERIES = Path(__file__).parent / "queries"
+DOMAINS = {"D1": "Academic & Engineering", "D2": "Finance & Business", "D3": "Politics & Law",
+           "D4": "Literature & Art", "D5": "Education", "D6": "Advertising & Marketing"}
+
+
+class DataError(ValueError):
+    """Queries that cannot be used; the message names the file, the line, the field and what would be right."""
+
+
+class Query(BaseModel):
+    """One writing request. `word_range` is [lower, upper] in words, 0 < lower <= upper <= 12000."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(min_length=1)
+    query: str = Field(min_length=1)
+    word_range: tuple[int, int]
+    language: str = Field(pattern="^(en|zh)$")
+    domain: str = Field(default="unknown", pattern="^(D[1-6]|unknown)$")
+    type: str = "unknown"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _language(cls, row):
+        if isinstance(row, dict) and isinstance(row.get("query"), str):
+            return {"language": "zh" if has_han(row["query"]) else "en"} | row
+        return row
+
+    @model_validator(mode="after")
+    def _bounds(self):
+        lower, upper = self.word_range
+        if not 0 < lower <= upper <= 12000:
+            raise ValueError(f"word_range [{lower}, {upper}] must satisfy 0 < lower <= upper <= 12000")
+        return self
+
+
+def load(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Query]:
+    """Queries from `kit:<name>` (train, heldout, train_short, heldout_short), a JSONL file, or `hub:<dataset>`.
+
+    Raises DataError at the first row that breaks the schema, at a repeated id, or if no query is left.
+    """
+    seen: dict[str, str] = {}
+    queries = []
+    for place, row in _rows(source):
+        query = _validated(place, row)
+        if query.id in seen:
+            raise DataError(f"{place}: id {query.id!r} was already used at {seen[query.id]}; ids must be unique")
+        seen[query.id] = place
+        if query.language in languages:
+            queries.append(query)
+    if not queries:
+        raise DataError(f"{source} has no query in {', '.join(languages)}")
+    return queries
+
+
+def _validated(place: str, row) -> Query:
+    try:
+        return Query.model_validate(row)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        shown = "" if problem["type"] == "missing" or not field else f" = {problem['input']!r}"
+        raise DataError(f"{place}: {field}{shown}: {problem['msg']}".replace(": : ", ": ")) from None
+
+
+def _rows(source: str):
+    """(where it stands, row) for each row of a source."""
+    if source.startswith("hub:"):
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(source.removeprefix("hub:"), split="train")
+        except Exception as error:  # the hub raises many kinds; each means that the data are not to be had
+            raise DataError(f"cannot load {source}: {type(error).__name__}: {error}. It needs network and the hub; "
+                            "`kit:train` needs neither") from error
+        yield from ((f"{source}, row {i}", row) for i, row in enumerate(rows))
+        return
+    path = QUERIES / f"{source.removeprefix('kit:')}.jsonl" if source.startswith("kit:") else Path(source)
+    if not path.is_file():
+        kit = ", ".join(f"kit:{p.stem}" for p in sorted(QUERIES.glob("*.jsonl")))
+        raise DataError(f"no query file {source}; give a .jsonl file, hub:<dataset>, or one of {kit}")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}, line {number}", _json(f"{path}, line {number}", line)
+
+
+def _json(place: str, line: bytes):
+    try:
+        return json.loads(line)
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise DataError(f"{place}: not JSON: {error}") from None

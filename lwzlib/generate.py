@@ -1,0 +1,61 @@
+"""Completions of a list of prompts with transformers in process, and the held-out samples of an arm."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lwzlib import data, prompts, rewards
+from lwzlib.recipe import Recipe, Sampling
+from lwzlib.runs import Run
+from lwzlib.text import count_words, parse
+
+
+def completions(model, tokenizer, texts: list[str], sampling: Sampling, batch: int, seed: int,
+                stop: list[str] | None = None, first: int = 0) -> Iterator[tuple[int, str, bool]]:
+    """Yield (index of the prompt, completion, truncated) in order, `batch` prompts at a time.
+
+    Special tokens are dropped; `truncated` is true where neither the end of the text nor a stop string came within
+    `max_new_tokens`. A batch depends on `seed` and its own place only, so that `first` (an index) can resume.
+    """
+    import torch
+
+    for start in range(first // batch * batch, len(texts), batch):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + start)
+            chunk = tokenizer(texts[start : start + batch], return_tensors="pt", padding=True,
+                              add_special_tokens=False).to(model.device)
+            with torch.no_grad():
+                output = model.generate(
+                    **chunk, do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0,
+                    max_new_tokens=sampling.max_new_tokens, stop_strings=stop or None, tokenizer=tokenizer)
+        for i, ids in enumerate(output[:, chunk["input_ids"].shape[1] :]):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            ended = tokenizer.eos_token_id in ids or any(s in text for s in stop or [])
+            yield start + i, text, not ended
+
+
+def samples(recipe: Recipe, run: Run, arm: str, model_name: str) -> Path:
+    """What a model writes for the held-out queries, with its rewards: `samples.jsonl`, resumable batch by batch."""
+    if run.finished:
+        return run.folder
+    from lwzlib import train
+
+    with run.work():
+        queries = data.load(recipe.data.heldout, recipe.data.languages)[: recipe.samples.queries]
+        style, batch = recipe.arm(arm).prompt, recipe.samples.batch_completions
+        whole = len(run.rows("samples")) // batch * batch
+        run.rewind(whole, "samples")
+        model, tokenizer = train.load(recipe, model_name)
+        scorers = rewards.build(recipe)
+        framed = [prompts.render(q.query, style, recipe.model.frame, recipe.prompt, tokenizer) for q in queries]
+        for i, text, truncated in completions(model, tokenizer, framed, recipe.samples.sampling, batch, run.seed,
+                                              stop=recipe.samples.stop, first=whole):
+            query, parsed = queries[i], parse(text, style)
+            asked = {"completions": [text], "style": [style], "word_range": [query.word_range]}
+            run.append("samples", {
+                "step": i + 1, "id": query.id, "type": query.type, "query": query.query,
+                "word_range": list(query.word_range), "completion": text, "truncated": truncated,
+                "think_words": count_words(parsed.plan), "answer_words": count_words(parsed.answer),
+            } | {name: scorer(**asked)[0] for name, scorer in scorers.items()})
+            if (i + 1) % batch == 0 or i + 1 == len(queries):
+                print(f"{arm}/{run.folder.name}  {i + 1}/{len(queries)} held-out queries", flush=True)
+    return run.folder

@@ -1,0 +1,282 @@
+"""The recipe: every quantity of a run, typed, bounded, and refused when its name is unknown.
+
+`recipes/paper.yaml` states the published setting whole and marks each line A (paper or model card), B (one detailed
+note of the paper) or N (not published: our choice). Every other preset `extends` it and states only its departures, so
+what differs from the paper is computed (`departures`), never remembered.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the quantity, its value and what would be right."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    name: str  # `kit:smollm2-135m-instruct`, `kit:tiny`, a folder, or a hub name
+    dtype: Literal["bfloat16", "float32"]
+    attention: Literal["eager", "sdpa", "flash_attention_2"]
+    frame: Literal["plain", "chat"]  # a base model takes a plain-text frame, an instruct model its chat template
+    trust_remote_code: bool
+
+
+class Data(Section):
+    train: str  # `kit:train`, `kit:train_short`, a .jsonl file, or `hub:<dataset>`
+    heldout: str
+    languages: list[Literal["en", "zh"]] = Field(min_length=1)
+
+
+class Prompt(Section):
+    wording: Literal["full", "brief"]
+    worked_examples: Annotated[int, Field(ge=0, le=2)]
+
+
+class ColdStart(Section):
+    queries: Count  # 0 turns the stage off; each gives one think and one direct-answer document
+    learning_rate: Rate
+    batch_documents: Positive
+    max_new_tokens: Positive
+    temperature: Annotated[float, Field(gt=0, le=2)]
+
+
+class LengthQuantities(Section):
+    max_words: Positive
+
+
+class FormatQuantities(Section):
+    partial_credit: Annotated[float, Field(ge=0, lt=0.25)]  # per tag that stands exactly once; 0 = exact form only
+    near_duplicate: Annotated[float, Field(gt=0, le=1)]  # Jaccard similarity from which two passages are duplicates
+    tolerated_repetition: Annotated[float, Field(ge=0, lt=1)]  # share of words that may repeat without penalty
+
+
+class Weights(Section):
+    length: Annotated[float, Field(ge=0)]
+    writing: Annotated[float, Field(ge=0)]
+    format: Annotated[float, Field(ge=0)]
+
+
+class Reward(Section):
+    length: LengthQuantities
+    format: FormatQuantities
+    weights: Weights
+
+
+class Sampling(Section):
+    temperature: Annotated[float, Field(gt=0, le=2)]
+    top_p: Rate
+    max_new_tokens: Positive
+
+
+class Lora(Section):
+    rank: Count  # 0 = all weights are trained
+    alpha: Positive
+
+
+class Grpo(Section):
+    steps: Positive
+    group_size: Annotated[int, Field(ge=2)]
+    queries_per_step: Positive
+    micro_batch_completions: Positive
+    learning_rate: Rate
+    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"]
+    warmup_steps: Count
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+    clip_eps: Annotated[float, Field(gt=0, lt=1)]
+    kl_beta: Annotated[float, Field(ge=0)]
+    advantage: Literal["zscore", "minmax", "sum", "gdpo"]
+    lora: Lora
+    sampling: Sampling
+    gradient_checkpointing: bool
+    checkpoint_every_steps: Positive
+    kept_completions_per_step: Count
+
+    @model_validator(mode="after")
+    def _whole_batches(self):
+        completions = self.group_size * self.queries_per_step
+        if completions % self.micro_batch_completions:
+            raise ValueError(f"group_size * queries_per_step = {completions} completions a step cannot be cut into "
+                             f"micro-batches of {self.micro_batch_completions}; give a divisor of {completions}")
+        return self
+
+
+class Pretrain(Section):
+    tokens: Positive
+    sequence_tokens: Positive
+    batch_sequences: Positive
+    cot_token_fraction: Fraction
+
+
+class Samples(Section):
+    queries: Positive  # held-out queries written before and after RL
+    batch_completions: Positive
+    sampling: Sampling
+    stop: list[str]
+
+
+class Arm(Section):
+    start: Literal["base", "continual-pretrain"]
+    prompt: Literal["think", "direct"]
+
+
+class Recipe(Section):
+    name: str
+    launch: Literal["inline", "subprocess"]
+    model: Model
+    data: Data
+    prompt: Prompt
+    cold_start: ColdStart
+    reward: Reward
+    grpo: Grpo
+    pretrain: Pretrain
+    samples: Samples
+    arms: dict[str, Arm] = Field(min_length=1)
+
+    def arm(self, name: str) -> Arm:
+        if name not in self.arms:
+            raise RecipeError(f"recipe {self.name} has no arm {name!r}{_nearest(name, self.arms)}; "
+                              f"it has {', '.join(self.arms)}")
+        return self.arms[name]
+
+    def fingerprint(self, *sections: str, **extra: Any) -> str:
+        """Hex digest of the named sections (all of them if none is named) and whatever else a result depends on."""
+        content = self.model_dump()
+        chosen = {key: content[key] for key in sections or content}
+        return hashlib.sha256(json.dumps([chosen, extra], sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 as text; people write it as a number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {dotted name: value}."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, name + ".") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(source: str | Path, overrides: dict | list[str] | str | None = None) -> Recipe:
+    """A preset by name or a YAML file by path, with overrides applied.
+
+    `overrides` is {"grpo.steps": 5}, ["grpo.steps=5"] or "grpo.steps=5 grpo.group_size=4".
+    Raises RecipeError for an unknown preset, an unknown name (with the nearest valid one) or a value out of range.
+    """
+    tree = _read(source)
+    for name, value in _pairs(overrides).items():
+        _put(tree, name, value)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, source)) from None
+
+
+def departures(recipe: Recipe, reference: str = "paper") -> list[tuple[str, Any, Any]]:
+    """(name, value in the reference, value here) for each quantity that differs; arms and the name are left out."""
+    theirs, ours = (flatten(r.model_dump(exclude={"arms", "name", "launch"})) for r in (load(reference), recipe))
+    return [(name, theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]]
+
+
+def marks() -> dict[str, tuple[str, str]]:
+    """{dotted name: (A, B or N, note)}, read from the comments of `paper.yaml`, where each quantity carries one."""
+    found, path = {}, []
+    for line in (RECIPES / "paper.yaml").read_text().splitlines():
+        if match := re.match(r"(\s*)([\w-]+):\s*([^#]*?)\s*(?:#\s*([ABN])\b[: ]*(.*))?$", line):
+            indent, key, value, mark, note = match.groups()
+            path = [*path[: len(indent) // 2], key]
+            if value and mark:
+                found[".".join(path)] = (mark, note)
+    return found
+
+
+def _read(source: str | Path) -> dict:
+    path = Path(source)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = RECIPES / f"{source}.yaml"
+        if str(source) not in presets():
+            raise RecipeError(f"no recipe {str(source)!r}{_nearest(str(source), presets())}; presets: "
+                              f"{', '.join(presets())}, or give a path that ends in .yaml")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read recipe {path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"recipe {path} must be a mapping of names to values, not {type(tree).__name__}")
+    parent = tree.pop("extends", None)
+    return _merge(_read(parent), tree) if parent else tree
+
+
+def _merge(below: dict, above: dict) -> dict:
+    """`above` wins, section by section; a table of arms replaces the one below it."""
+    merged = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(below.get(key), dict) and key != "arms"
+        merged[key] = _merge(below[key], value) if nested else value
+    return merged
+
+
+def _pairs(overrides) -> dict[str, Any]:
+    if isinstance(overrides, dict):
+        return overrides
+    words = shlex.split(overrides) if isinstance(overrides, str) else overrides or []
+    if bad := [word for word in words if "=" not in word]:
+        raise RecipeError(f"override {bad[0]!r} is not of the form name=value, such as grpo.steps=5")
+    return {name: yaml.load(value, _Loader) for name, value in (word.split("=", 1) for word in words)}
+
+
+def _put(tree: dict, name: str, value: Any) -> None:
+    if name not in (known := flatten(tree)):
+        raise RecipeError(f"no quantity {name!r} in the recipe{_nearest(name, known)}")
+    *sections, last = name.split(".")
+    for section in sections:
+        tree = tree[section]
+    tree[last] = value
+
+
+def _nearest(name: str, valid) -> str:
+    near = difflib.get_close_matches(name, [str(v) for v in valid], n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _explain(error: ValidationError, source) -> str:
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = flatten(_read("paper"))
+            lines.append(f"no quantity {name!r}{_nearest(name, known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{name} is missing")
+        else:
+            given = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
+            lines.append(f"{name}{given}: {problem['msg']}")
+    return f"recipe {source}: " + "; ".join(lines)

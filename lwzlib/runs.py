@@ -1,0 +1,202 @@
+"""A stage's folder: what was asked (`recipe.yaml`), how far it is (`status.json`), what it measured (`metrics.jsonl`),
+and what made it (`provenance.json`).
+
+Finished with the same fingerprint: loaded. Unfinished: resumed from the last whole checkpoint, with the rows cut back
+to it, so that the rows of a killed run equal those of one that was not. Another fingerprint: refused, never overwritten.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from lwzlib.recipe import Recipe, flatten
+
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy")
+_LOCK_PATIENCE_S = 15  # a killed parent's children need a moment to notice
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what to do, and what was done stays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One stage of one recipe and seed, in `folder`. `sections` of the recipe and `inputs` make its fingerprint."""
+
+    folder: Path
+    recipe: Recipe
+    seed: int
+    sections: tuple[str, ...]
+    inputs: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.recipe.fingerprint(*self.sections, seed=self.seed, **self.inputs)
+
+    @property
+    def status(self) -> dict:
+        """{} before the first start; else state (running, interrupted, failed, finished), step, checkpoint, ..."""
+        path = self.folder / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def finished(self) -> bool:
+        self.check()
+        return self.status.get("state") == "finished"
+
+    def check(self) -> None:
+        """Raise RunError if the folder was written by another recipe, seed or input."""
+        status = self.status
+        if status and status["fingerprint"] != self.fingerprint:
+            theirs = yaml.safe_load((self.folder / "recipe.yaml").read_text())
+            ours = self._asked()
+            both = {**flatten(theirs), **flatten(ours)}
+            changed = [f"{name} was {flatten(theirs).get(name)!r}, is {flatten(ours).get(name)!r}"
+                       for name in both if flatten(theirs).get(name) != flatten(ours).get(name)]
+            raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(changed[:5])}). "
+                           "Choose another run_dir, or remove that folder")
+
+    def _asked(self) -> dict:
+        content = self.recipe.model_dump(mode="json")
+        return {key: content[key] for key in self.sections} | {"seed": self.seed, "inputs": self.inputs}
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """Hold the folder, mark it running, and at the end finished, interrupted or failed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder / "lock"):
+            self.check()
+            if not self.status:
+                write_atomic(self.folder / "recipe.yaml", yaml.safe_dump(self._asked(), allow_unicode=True))
+                write_atomic(self.folder / "provenance.json", json.dumps(provenance(), indent=1))
+            self.update(state="running", pid=os.getpid())
+            started, before = time.time(), self.status.get("wall_s", 0.0)
+            state = "failed"
+            try:
+                yield
+                state = "finished"
+            except KeyboardInterrupt:
+                state = "interrupted"
+                raise
+            finally:
+                with contextlib.suppress(OSError, RunError):  # a full disk must not hide the error that it caused
+                    self.update(state=state, wall_s=round(before + time.time() - started, 1))
+
+    def update(self, **changes) -> None:
+        status = {"fingerprint": self.fingerprint} | self.status | changes
+        write_atomic(self.folder / "status.json", json.dumps(status, indent=1))
+
+    def rows(self, name: str = "metrics") -> list[dict]:
+        return read_rows(self.folder / f"{name}.jsonl")
+
+    def append(self, name: str, *rows: dict) -> None:
+        append_rows(self.folder / f"{name}.jsonl", rows)
+
+    def rewind(self, step: int, *names: str) -> None:
+        """Drop the rows that came after `step` (and a half-written last line)."""
+        for name in names:
+            kept = [row for row in self.rows(name) if row["step"] <= step]
+            write_atomic(self.folder / f"{name}.jsonl", "".join(_line(row) for row in kept))
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a JSONL file; a last line that a kill cut short is left out, any other broken line is an error."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return [json.loads(line) for line in whole]
+
+
+def append_rows(path: Path, rows) -> None:
+    """Add rows, or none of them: if the disk is full, the file is cut back and RunError says so."""
+    data = "".join(_line(row) for row in rows).encode("utf-8", "surrogatepass")
+    with path.open("ab") as file:
+        size = file.tell()
+        try:
+            file.write(data)
+            file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise _disk(error, path) from error
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """The old content or the new, never a part."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("w", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise _disk(error, path) from error
+
+
+def _disk(error: OSError, path: Path) -> RunError:
+    why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+    return RunError(f"cannot write {path}: {why}. Nothing before this row is lost; make room and start again, "
+                    "and the run goes on from its last checkpoint")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a+") as file:
+        for waited in range(_LOCK_PATIENCE_S + 1):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if waited == _LOCK_PATIENCE_S:
+                    raise RunError(f"{path.parent} is in use by another process; wait for it, or stop it") from None
+                time.sleep(1)
+        yield
+
+
+def provenance() -> dict:
+    """What made a result: commit, versions, hardware, time."""
+    root = Path(__file__).resolve().parent.parent
+    def git(*words):
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"commit": commit, "uncommitted_changes": bool(changes) if commit else None, "versions": versions,
+            "python": platform.python_version(), "hardware": hardware(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def hardware() -> str:
+    """Processor, cores and GPUs, in words."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    with contextlib.suppress(ImportError):
+        import torch
+
+        if torch.cuda.is_available():
+            return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {name}"
+    return f"{name}, {os.cpu_count()} cores, no GPU"

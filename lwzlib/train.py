@@ -1,0 +1,79 @@
+"""What the trainers share: arguments, the rows they leave, the model they save."""
+
+import os
+import shutil
+import time
+
+import torch
+from transformers import TrainerCallback
+
+from lwzlib import models
+from lwzlib.recipe import Recipe
+from lwzlib.runs import Run
+
+# our column: the name under which TRL logs it
+GRPO_COLUMNS = {
+    "length": "rewards/length/mean", "format": "rewards/format/mean", "writing": "rewards/writing/mean",
+    "think_words": "think_words", "answer_words": "answer_words", "think_tokens": "think_tokens",
+    "answer_tokens": "answer_tokens", "completion_tokens": "completion_tokens",
+    "answer_words_not_truncated": "answer_words_not_truncated", "truncated": "truncated",
+    "groups_without_variance": "groups_without_variance", "advantage_std": "advantage_std", "loss": "loss",
+    "entropy": "entropy", "kl": "kl", "clipped": "clip_ratio/region_mean", "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+}
+SFT_COLUMNS = {"loss": "loss", "tokens": "num_tokens", "learning_rate": "learning_rate"}
+
+
+def arguments(recipe: Recipe, run: Run) -> dict:
+    """Arguments that every trainer here takes. Weights already have the recipe's dtype, so autocast stays off."""
+    return {"output_dir": str(run.folder / "checkpoints"), "seed": run.seed, "logging_steps": 1, "report_to": "none",
+            "disable_tqdm": True, "bf16": False, "use_cpu": not torch.cuda.is_available(),
+            "gradient_checkpointing": recipe.grpo.gradient_checkpointing}
+
+
+def load(recipe: Recipe, name: str):
+    m = recipe.model
+    return models.load(name, m.dtype, m.attention, m.trust_remote_code)
+
+
+def save(model, tokenizer, run: Run) -> None:
+    """Safetensors under `model/`, whole or not at all."""
+    scratch, final = run.folder / ".model", run.folder / "model"
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(scratch, final)
+
+
+class Rows(TrainerCallback):
+    """Writes a row a step and remembers the last checkpoint that is whole. A row whose step is repeated after a kill
+    replaces the old one, because `Run.rewind` cut the file back first."""
+
+    def __init__(self, run: Run, columns: dict[str, str], total: int | None = None):
+        self.run, self.columns, self.total = run, columns, total
+        self.since = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        values = {ours: logs[theirs] for ours, theirs in self.columns.items() if theirs in logs}
+        values |= {name: value for name, value in logs.items() if name.startswith("type/")}
+        row = {"step": state.global_step} | {name: _number(value) for name, value in values.items()}
+        now = time.perf_counter()
+        row["step_s"], self.since = round(now - self.since, 2), now
+        self.run.append("metrics", row)
+        self.run.update(step=state.global_step, total=self.total or state.max_steps)
+        shown = "  ".join(f"{name} {row[name]:.2f}" for name in ("length", "format", "loss") if row.get(name) is not None)
+        print(f"{self.run.folder.parent.name}/{self.run.folder.name}  step {state.global_step}/{state.max_steps}  "
+              f"{shown}  {row['step_s']:.1f} s", flush=True)
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.run.update(checkpoint=f"checkpoint-{state.global_step}", checkpoint_step=state.global_step)
+
+
+def _number(value) -> float | None:
+    """TRL logs some numbers as text; NaN becomes an honest gap."""
+    number = None if value is None else float(value)
+    return None if number is None or number != number else number
