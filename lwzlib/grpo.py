@@ -141,7 +141,7 @@ def train_arm(recipe: Recipe, run: Run, arm: str, start: str) -> Path:
         last = run.status.get("checkpoint")
         run.rewind(run.status.get("checkpoint_step", 0), "metrics", "completions")
         grpo_trainer = trainer(recipe, run, arm, start)
-        grpo_trainer.train(resume_from_checkpoint=str(run.folder / "checkpoints" / last) if last else None)
+        train.go(grpo_trainer, run.folder / "checkpoints" / last if last else None)
         trained = grpo_trainer.accelerator.unwrap_model(grpo_trainer.model)
         train.save(trained.merge_and_unload() if recipe.grpo.lora.rank else trained, grpo_trainer.processing_class, run)
     return run.folder / "model"

@@ -22,6 +22,7 @@ _SECTIONS = {
     "grpo": (*_WEIGHTS, "reward", "grpo"),
     "samples-after": (*_WEIGHTS, "reward", "grpo", "samples"),
 }
+_QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 # glibc gives large blocks back to the system at once; every decoding step then asks for them anew.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 
@@ -87,7 +88,7 @@ def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | N
 def _stream(command: list[str], stdin: str) -> None:
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | _ALLOCATOR | {"LWZ_END_WITH": str(os.getpid()), "PYTHONUNBUFFERED": "1"})
+        env=os.environ | _ALLOCATOR | _QUIET | {"LWZ_END_WITH": str(os.getpid())})
     last: list[str] = []
     try:
         process.stdin.write(stdin)

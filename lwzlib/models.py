@@ -54,8 +54,10 @@ def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False)
     """(model in eval mode, tokenizer that pads on the left)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     path = resolve(name)
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(

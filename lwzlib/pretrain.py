@@ -35,7 +35,7 @@ def cold_start(recipe: Recipe, run: Run) -> Path:
             warmup_steps=2, per_device_train_batch_size=recipe.cold_start.batch_documents, save_strategy="no",
             max_length=None, **train.arguments(recipe, run))
         rows = train.Rows(run, train.SFT_COLUMNS)
-        SFTTrainer(model, args=config, train_dataset=documents, processing_class=tokenizer, callbacks=[rows]).train()
+        train.go(SFTTrainer(model, args=config, train_dataset=documents, processing_class=tokenizer, callbacks=[rows]))
         train.save(model, tokenizer, run)
     return run.folder / "model"
 

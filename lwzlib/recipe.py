@@ -185,14 +185,14 @@ def presets() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load(source: str | Path, overrides: dict | list[str] | str | None = None) -> Recipe:
-    """A preset by name or a YAML file by path, with overrides applied.
+def load(source: str | Path, *overrides: dict | list[str] | str | None) -> Recipe:
+    """A preset by name or a YAML file by path, with overrides applied in order.
 
-    `overrides` is {"grpo.steps": 5}, ["grpo.steps=5"] or "grpo.steps=5 grpo.group_size=4".
+    Each of `overrides` is {"grpo.steps": 5}, ["grpo.steps=5"] or "grpo.steps=5 grpo.group_size=4".
     Raises RecipeError for an unknown preset, an unknown name (with the nearest valid one) or a value out of range.
     """
     tree = _read(source)
-    for name, value in _pairs(overrides).items():
+    for name, value in (pair for some in overrides for pair in _pairs(some).items()):
         _put(tree, name, value)
     try:
         return Recipe.model_validate(tree)

@@ -1,0 +1,149 @@
+"""`lwz`: run, stage, recipe, prepare, doctor, score, figures, report."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lwzlib import recipe as recipes
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="The LongWriter-Zero reproduction kit.")
+out = Console()
+Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="name=value, such as grpo.steps=5; repeatable")]
+Seed = Annotated[int, typer.Option(help="Every random choice follows from it.")]
+RunDir = Annotated[Path | None, typer.Option(help="Default: runs/<recipe>, or runs/<recipe>-seed<n>.")]
+
+
+@app.command()
+def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
+    """Execute the notebooks of a recipe in order, into its run folder; running it again continues."""
+    from lwzlib import pipeline
+
+    loaded = recipes.load(recipe, sets)
+    pipeline.run(loaded, run_dir or pipeline.default_folder(loaded, seed), seed, recipe, sets or [])
+
+
+@app.command()
+def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None,
+          arm: Annotated[str | None, typer.Option(help="Every stage but cold-start belongs to an arm.")] = None):
+    """Do one stage in this process: cold-start, samples-before, grpo or samples-after. Recipe `-` is read as JSON."""
+    from lwzlib import launch, pipeline
+
+    launch.end_with_parent()
+    loaded = recipes.Recipe.model_validate_json(sys.stdin.read()) if recipe == "-" else recipes.load(recipe, sets)
+    launch.run_stage(name, loaded, run_dir or pipeline.default_folder(loaded, seed), seed, arm)
+
+
+@app.command(name="recipe")
+def show_recipe(name: str, sets: Overrides = None):
+    """Show a recipe beside the published setting, with the confidence of each published value."""
+    loaded = recipes.load(name, sets)
+    here, paper = (recipes.flatten(r.model_dump(exclude={"arms"})) for r in (loaded, recipes.load("paper")))
+    marks = recipes.marks()
+    table = Table("quantity", "here", "paper", "", "note", title=f"recipe {name}")
+    for key, value in here.items():
+        mark, note = marks.get(key, ("", ""))
+        table.add_row(key, str(value), str(paper[key]), mark, note, style="bold" if value != paper[key] else "dim")
+    out.print(table, "Bold: departs from the paper. A, B: published. N: not published, chosen by this kit.")
+
+
+@app.command()
+def prepare(tiny: Annotated[bool, typer.Option(help="Only the random model for tests.")] = False):
+    """Make the embedded model once, in the cache: download, check, convert."""
+    from lwzlib import models
+
+    name = models.TINY if tiny else models.SMOLLM2
+    known = models.is_prepared(name)
+    folder = models.prepare(name, lambda line: out.print(f"  {line}", highlight=False))
+    out.print(f"{name}: {'already in' if known else 'made in'} {folder}", highlight=False)
+
+
+@app.command()
+def doctor():
+    """Say what is missing, what that disables, and how to mend it. Exit code 1 if the nano recipe cannot run."""
+    from lwzlib import doctor as checks
+
+    table = Table("", "part", "found", "without it", "how to mend")
+    found = checks.examine()
+    for check in found:
+        table.add_row("ok" if check.found else "--", check.part, check.found or "no", check.disables,
+                      "" if check.found else check.mend)
+    out.print(table)
+    raise typer.Exit(int(any(check.needed and not check.found for check in found)))
+
+
+@app.command()
+def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: str = "paper", style: str = "think"):
+    """Length and format reward of a completion in a file, and the passages that repeat."""
+    from lwzlib import rewards
+    from lwzlib.overlap import find_overlap
+    from lwzlib.text import count_words, parse
+
+    loaded = recipes.load(recipe, "reward.weights.writing=0.0", sets)
+    if style not in ("think", "direct"):
+        raise recipes.RecipeError(f"style {style!r} must be think or direct")
+    completion = text.read_text(encoding="utf-8", errors="replace")
+    parsed = parse(completion, style)
+    for name, reward in rewards.build(loaded).items():
+        value = reward([completion], style=[style], word_range=[(lower, upper)])[0]
+        out.print(f"{name:7} {value:.3f}")
+    out.print(f"answer  {count_words(parsed.answer)} words, plan {count_words(parsed.plan)} words, "
+              f"form {'exact' if parsed.exact else 'broken'}")
+    found = find_overlap(parsed.answer, loaded.reward.format.near_duplicate, parsed.plan)
+    for later in list(found.duplicates)[:10]:
+        out.print(f"repeats {found.passages[later][:90]!r}", highlight=False)
+
+
+@app.command()
+def figures(results: Path = Path("figures/results"), folder: Path = Path("figures/out")):
+    """Redraw every figure from committed rows: no network, no GPU."""
+    from lwzlib import figures as draw
+
+    for path in draw.draw_all(results, folder):
+        out.print(path, highlight=False)
+
+
+@app.command()
+def export(run_dirs: list[Path], to: Path = Path("figures/results/nano.csv")):
+    """Write the rows of finished runs, with their provenance, as a results table that `lwz figures` draws."""
+    import pandas as pd
+
+    from lwzlib import figures as draw
+
+    table = pd.concat([draw.run_table(folder) for folder in run_dirs], ignore_index=True)
+    if table.empty:
+        raise typer.BadParameter(f"no GRPO rows in {', '.join(map(str, run_dirs))}")
+    table.round(4).to_csv(to, index=False)
+    out.print(f"{to}: {len(table)} rows", highlight=False)
+
+
+@app.command()
+def report(run_dir: Path):
+    """Write report.html for a run folder."""
+    from lwzlib import report as page
+
+    out.print(page.write(run_dir), highlight=False)
+
+
+def main() -> None:
+    """The entry point: a known error is one clear message and exit code 1, an interrupt says how to go on."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing is lost: the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        if type(error).__module__.startswith("lwzlib") or isinstance(error, OSError):
+            print(f"lwz: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        raise
+
+
+if __name__ == "__main__":
+    main()

