@@ -5,6 +5,7 @@ count). Here accented Latin letters belong to their run, and Han covers the CJK 
 in the original.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -79,7 +80,7 @@ def split_passages(text: str) -> list[str]:
         words = list(_WORD.finditer(sentence))
         cuts = [word.start() for word in words[_LONGEST_PASSAGE_WORDS::_LONGEST_PASSAGE_WORDS]]
         bounds = [0, *cuts, len(sentence)]
-        passages += [sentence[a:b].strip() for a, b in zip(bounds, bounds[1:], strict=False)]
+        passages += [sentence[a:b].strip() for a, b in itertools.pairwise(bounds)]
     return [passage for passage in passages if passage]
 
 

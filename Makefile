@@ -1,0 +1,39 @@
+# make reproduce: the main job, end to end. make test: everything that can break. Both set up first if needed.
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RECIPE ?= nano
+SEED   ?= 0
+
+.PHONY: help setup model reproduce test figures lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 >/dev/null
+	touch $@
+
+setup: $(VENV)/.ready model  ## virtual environment and embedded model (a few minutes once, then seconds)
+
+model: $(VENV)/.ready
+	@$(BIN)/lwz prepare
+
+reproduce: setup  ## think against no-think on a real small model, to runs/$(RECIPE)/report.html
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/lwz run $(RECIPE) --seed $(SEED)
+
+test: setup  ## all tests: real training, resume, notebooks, the page in a browser
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -q -rs --durations=8
+
+figures: $(VENV)/.ready  ## redraw every figure from the committed rows into figures/out
+	$(BIN)/lwz figures
+
+lint: $(VENV)/.ready  ## ruff over the code and the notebooks
+	$(BIN)/ruff check .
+
+clean:  ## remove what was made: environment, runs, figures (the model cache stays)
+	rm -rf $(VENV) runs figures/out *.egg-info .pytest_cache .ruff_cache .hypothesis

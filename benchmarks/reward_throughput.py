@@ -1,0 +1,119 @@
+"""Rule rewards on long texts: the kit's LengthReward + FormatReward against the all-pairs way of finding duplicates.
+
+The peer takes the same passages and the same character n-gram sets, and compares every passage with all earlier ones by
+Jaccard similarity; no parsing, no word count, no reward. It is timed twice, comparing every pair and stopping at the
+first match (the stronger peer on repetitive texts), on fewer completions and scaled up. Texts are random words, so
+honest sentences do not repeat.
+
+    python benchmarks/reward_throughput.py [--quick]
+"""
+
+import argparse
+import random
+import re
+import statistics
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from lwzlib import overlap, recipe, rewards, runs, text
+
+HERE = Path(__file__).resolve().parent
+KINDS = ("honest", "one paragraph repeated", "repeated, a word changed per sentence")
+PARAGRAPH_SENTENCES = 6
+PEER_COMPLETIONS = 2
+
+
+def vocabulary(language: str) -> list[str]:
+    if language == "en":
+        return sorted(set(re.findall(r"\b[a-z]{2,12}\b", " ".join(topics.values()).lower())))
+    queries = "".join(file.read_text("utf-8") for file in (HERE.parent / "lwzlib" / "queries").glob("*.jsonl"))
+    return sorted(set(re.findall("[\u4e00-\u9fff]", queries)))
+
+
+def write(language: str, kind: str, words: int, vocab: list[str], rng: random.Random) -> str:
+    """A text of exactly `words` words, in sentences of 12 to 20 (the last may be shorter)."""
+    paragraph, sentences, left = [], [], words
+    while left > 0:
+        if kind == KINDS[0] or len(paragraph) < PARAGRAPH_SENTENCES:
+            paragraph.append(rng.choices(vocab, k=rng.randint(12, 20)))
+        new = list(paragraph[-1] if kind == KINDS[0] else paragraph[len(sentences) % PARAGRAPH_SENTENCES])
+        if kind == KINDS[2]:
+            new[rng.randrange(len(new))] = rng.choice(vocab)
+        sentences.append(new[:left])
+        left -= len(sentences[-1])
+    space, stop = (" ", ".") if language == "en" else ("", "。")
+    return space.join(space.join(s).capitalize() + stop for s in sentences)
+
+
+def complete(language: str, kind: str, words: int, count: int) -> list[str]:
+    vocab, rng = vocabulary(language), random.Random(0)
+    return [f"<think>{write(language, KINDS[0], 100, vocab, rng)}</think>"
+            f"<answer>{write(language, kind, words, vocab, rng)}</answer>" for _ in range(count)]
+
+
+def kit_seconds(components: dict, completions: list[str], words: int) -> float:
+    ranges, styles = [(int(0.9 * words), int(1.1 * words))] * len(completions), ["think"] * len(completions)
+    start = time.perf_counter()
+    for reward in components.values():
+        reward(completions=completions, word_range=ranges, style=styles)
+    return time.perf_counter() - start
+
+
+def all_pairs(plan: str, answer: str, near_duplicate: float, first_only: bool) -> int:
+    """The number of passages of the answer that nearly repeat an earlier passage."""
+    earlier, own = text.split_passages(plan), text.split_passages(answer)
+    grams, repeated = [frozenset(overlap._gram_hashes(passage).tolist()) for passage in earlier + own], set()
+    for i in range(len(earlier), len(grams)):
+        for j in range(i):
+            shared = len(grams[i] & grams[j])
+            if shared >= near_duplicate * (len(grams[i]) + len(grams[j]) - shared):
+                repeated.add(i)
+                if first_only:
+                    break
+    return len(repeated)
+
+
+def compare(components, language, kind, words, count) -> str:
+    """A row of the first table."""
+    near, completions = components["format"].near_duplicate, complete(language, kind, words, count)
+    parsed = [text.parse(c, "think") for c in completions[:PEER_COMPLETIONS]]
+    ours, peer = kit_seconds(components, completions, words), []
+    for first_only in (False, True):
+        start = time.perf_counter()
+        theirs = sum(all_pairs(p.plan, p.answer, near, first_only) for p in parsed)
+        peer.append((time.perf_counter() - start) * count / len(parsed))
+    found = sum(len(overlap.find_overlap(p.answer, near, against=p.plan).duplicates) for p in parsed)
+    return (f"| {language} | {kind} | {words:,} | {ours:.3g} | {peer[0]:.3g} | {peer[0] / ours:.1f} | {peer[1]:.3g} | "
+            f"{peer[1] / ours:.1f} | {found} / {theirs} |")
+
+
+def growth(components, kind, words) -> float:
+    """Microseconds per word of one English completion, the median of three."""
+    one = complete("en", kind, words, 1)
+    return statistics.median(kit_seconds(components, one, words) for _ in range(3)) * 1e6 / words
+
+
+def main(quick: bool) -> None:
+    components = rewards.build(recipe.load("nano", ["reward.length.max_words=100000"]))
+    count, words, sizes = (2, 1000, (500, 1000)) if quick else (32, 10_000, (1000, 5000, 10_000, 20_000, 50_000))
+    made = runs.provenance()
+    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "trl", "transformers", "numpy"))
+    lines = [
+        "# Reward throughput", "", f"{made['hardware']}; {made['started']}; Python {made['python']}, {versions}.", "",
+        f"Seconds for {count} completions, one process. All-pairs: timed on {PEER_COMPLETIONS} and scaled to {count}.",
+        f"Ratio: all-pairs / kit. Repeated passages: found in those {PEER_COMPLETIONS}, kit / all-pairs.", "",
+        "| language | kind | words | kit, s | all-pairs, every pair, s (scaled) | ratio | "
+        "all-pairs, stops at first match, s (scaled) | ratio | repeated passages |", "|---|---|" + "--:|" * 7]
+    lines += [compare(components, language, kind, words, count) for language in ("en", "zh") for kind in KINDS]
+    lines += ["", "Growth of one English completion's time, microseconds per word (median of 3):", "",
+              "| words | " + " | ".join(KINDS) + " |", "|--:|" + "--:|" * len(KINDS)]
+    lines += [f"| {n:,} | " + " | ".join(f"{growth(components, kind, n):.1f}" for kind in KINDS) + " |" for n in sizes]
+    print("\n".join(lines))
+    (HERE / "reward_throughput.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="2 completions of 1,000 words")
+    main(parser.parse_args().quick)

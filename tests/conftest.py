@@ -1,0 +1,24 @@
+"""Fixtures: one thread each (two torch processes on two cores slow each other many times), the model cache, a smoke run."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from lwzlib import models, recipe
+
+
+@pytest.fixture(scope="session")
+def smoke():
+    models.prepare(models.TINY)
+    return recipe.load("smoke")
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and this machine has none"))

@@ -1,0 +1,134 @@
+"""Real TRL steps: our advantage against TRL's, resumed runs against uninterrupted ones, learning on the real model."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from lwzlib import recipe
+from lwzlib.grpo import trainer
+from lwzlib.launch import launch, run_stage, stage_run
+from lwzlib.runs import RunError
+
+ARM = "base-think"
+
+
+def comparable(rows):
+    return [{key: value for key, value in row.items() if key != "step_s"} for row in rows]
+
+
+def one_batch(r, tmp_path):
+    run = stage_run("grpo", r, tmp_path, 0, ARM)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    t = trainer(r, run, ARM, r.model.name)
+    t.model.train()
+    return t, t._generate_and_score_completions(next(iter(t.get_train_dataloader()))), run
+
+
+def test_sum_mode_gives_trls_own_advantages(smoke, tmp_path):
+    r = recipe.load("smoke", "grpo.advantage=sum grpo.sampling.max_new_tokens=60 grpo.group_size=8 "
+                             "grpo.micro_batch_completions=8")
+    _t, ours, _ = one_batch(r, tmp_path / "ours")
+    theirs = {}
+    original = GRPOTrainer._generate_and_score_completions
+
+    def keep(self, inputs):
+        out = original(self, inputs)
+        theirs["advantages"] = out["advantages"].clone()
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_generate_and_score_completions", keep)
+        _, again, _ = one_batch(r, tmp_path / "theirs")
+    assert ours["advantages"].abs().max() > 0, "a group without variance cannot show anything"
+    torch.testing.assert_close(again["advantages"], ours["advantages"])
+    torch.testing.assert_close(theirs["advantages"], ours["advantages"], atol=2e-4, rtol=1e-3)
+
+
+def test_rows_say_what_was_written_and_scored(smoke, tmp_path):
+    _t, batch, run = one_batch(smoke, tmp_path)
+    rows = run.rows("completions")
+    assert len(rows) == smoke.grpo.group_size
+    assert [row["completion_tokens"] for row in rows] == batch["completion_mask"].sum(1).tolist()
+    np.testing.assert_allclose([row["advantage"] for row in rows], batch["advantages"].numpy(), atol=1e-6)
+    assert all(0 <= row["length"] <= 1 and 0 <= row["format"] <= 1 for row in rows)
+
+
+def test_micro_batches_do_not_change_what_is_learnt(smoke, tmp_path):
+    whole = smoke
+    halved = recipe.load("smoke", "grpo.micro_batch_completions=2")
+    for r, name in ((whole, "whole"), (halved, "halved")):
+        run_stage("grpo", r, tmp_path / name, 0, ARM)
+    a, b = (stage_run("grpo", r, tmp_path / n, 0, ARM).rows() for r, n in ((whole, "whole"), (halved, "halved")))
+    assert [row["length"] for row in a][:1] == [row["length"] for row in b][:1]
+    assert a[0]["grad_norm"] == pytest.approx(b[0]["grad_norm"], rel=1e-3, abs=1e-6)
+
+
+def test_killed_at_random_moments_gives_the_rows_of_an_uninterrupted_run(smoke, tmp_path):
+    r = recipe.load("smoke", "launch=subprocess grpo.steps=12 grpo.checkpoint_every_steps=3 grpo.lora.rank=4")
+    launch("grpo", r, tmp_path / "whole", 0, ARM)
+    command = [sys.executable, "-m", "lwzlib.cli", "stage", "grpo", "-", "--run-dir", str(tmp_path / "killed"), "--arm", ARM]
+    kills, draw = 0, random.Random(7)
+    run = stage_run("grpo", r, tmp_path / "killed", 0, ARM)
+    for wanted_step in sorted(draw.sample(range(1, 12), 3)):
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process.stdin.write(r.model_dump_json().encode())
+        process.stdin.close()
+        while process.poll() is None and run.status.get("step", 0) < wanted_step:
+            time.sleep(0.005)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills == 3, "the run ended before it could be killed"
+    launch("grpo", r, tmp_path / "killed", 0, ARM)
+    whole = stage_run("grpo", r, tmp_path / "whole", 0, ARM)
+    for name in ("metrics", "completions"):
+        assert comparable(run.rows(name)) == comparable(whole.rows(name))
+    assert [row["step"] for row in run.rows()] == list(range(1, 13))
+    assert any(row["grad_norm"] for row in whole.rows()), "nothing was learnt, so nothing was compared"
+
+
+def test_finished_stage_is_loaded_and_another_recipe_refused(smoke, tmp_path):
+    model = run_stage("grpo", smoke, tmp_path, 0, ARM)
+    before = (model / "model.safetensors").stat().st_mtime_ns
+    assert run_stage("grpo", smoke, tmp_path, 0, ARM) == model
+    assert (model / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(RunError, match=r"grpo\.clip_eps was 0\.2, is 0\.3"):
+        run_stage("grpo", recipe.load("smoke", "grpo.clip_eps=0.3"), tmp_path, 0, ARM)
+
+
+def test_launched_stage_ends_with_its_parent(smoke, tmp_path):
+    code = f"from lwzlib import recipe, launch; launch.launch('grpo', recipe.load('smoke', " \
+           f"'launch=subprocess grpo.steps=100000'), {str(tmp_path)!r}, 0, {ARM!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = stage_run("grpo", recipe.load("smoke", "grpo.steps=100000"), tmp_path, 0, ARM)
+    deadline = time.monotonic() + 90
+    while run.status.get("step", 0) < 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child = run.status["pid"]
+    parent.kill()
+    parent.wait()
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{child}")
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_failed_stage_shows_its_last_lines(smoke, tmp_path):
+    r = recipe.load("smoke", "launch=subprocess model.name=/no/such/model")
+    with pytest.raises(RunError, match="model folder /no/such/model does not exist"):
+        launch("grpo", r, tmp_path, 0, ARM)
+
+
+def test_arm_that_this_version_cannot_start_is_refused(tmp_path):
+    r = recipe.load("paper", "reward.weights.writing=0.0 data.train=kit:train")
+    with pytest.raises(RunError, match="continual-pretrain"):
+        run_stage("grpo", r, tmp_path, 0, "continual-pretrain-think")

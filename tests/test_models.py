@@ -1,0 +1,71 @@
+"""The embedded model: special tokens, stopping, and that it learns what it is paid for."""
+
+import pytest
+import torch
+
+from lwzlib import figures, launch, models, prompts, recipe
+from lwzlib.generate import completions
+
+
+@pytest.fixture(scope="module")
+def nano():
+    models.prepare(models.SMOLLM2)
+    return recipe.load("nano")
+
+
+def test_special_tokens_survive_the_conversion(nano):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.resolve(models.SMOLLM2))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    ids = tokenizer("<|im_start|>user\nhi<|im_end|>").input_ids
+    assert ids[0] == 1 and ids[-1] == 2
+    assert models.verify(models.SMOLLM2)
+
+
+def test_it_answers_and_stops(nano):
+    model, tokenizer = models.load(nano.model.name, nano.model.dtype, nano.model.attention)
+    prompt = prompts.render_bare("What is the capital of France? Answer in one sentence.", "chat", tokenizer)
+    sampling = nano.samples.sampling.model_copy(update={"temperature": 0.01, "max_new_tokens": 60})
+    (_, text, truncated), = completions(model, tokenizer, [prompt], sampling, 1, 0)
+    assert "Paris" in text and not truncated
+
+
+def test_a_batch_of_prompts_resumes_at_any_row(nano, smoke):
+    model, tokenizer = models.load(smoke.model.name, smoke.model.dtype, smoke.model.attention)
+    texts = [f"query {i}" for i in range(7)]
+    whole = list(completions(model, tokenizer, texts, smoke.samples.sampling, 2, 0))
+    assert list(completions(model, tokenizer, texts, smoke.samples.sampling, 2, 0, first=5)) == whole[4:]
+
+
+def test_unprepared_and_unknown_models_say_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("LWZ_CACHE", str(tmp_path))
+    with pytest.raises(models.ModelError, match="lwz prepare"):
+        models.resolve(models.SMOLLM2)
+    with pytest.raises(models.ModelError, match="there are"):
+        models.resolve("kit:gpt5")
+    with pytest.raises(models.ModelError, match="does not exist"):
+        models.resolve("/no/such/folder")
+
+
+def test_a_half_written_cache_is_not_taken_for_a_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("LWZ_CACHE", str(tmp_path))
+    folder = models.prepare(models.TINY)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert not models.is_prepared(models.TINY)
+    assert models.is_prepared(models.TINY) or (models.prepare(models.TINY) and models.is_prepared(models.TINY))
+
+
+@pytest.mark.slow
+def test_the_real_model_trains_with_grpo(nano, tmp_path):
+    """Few steps: that it runs, that weights move, and that the cold start brought the form. Trends need the whole run."""
+    r = recipe.load("nano", "launch=inline grpo.steps=2 cold_start.queries=16 samples.queries=2 grpo.sampling.max_new_tokens=96")
+    launch.run_stage("grpo", r, tmp_path, 0, "base-nothink")
+    rows = launch.stage_run("grpo", r, tmp_path, 0, "base-nothink").rows()
+    assert len(rows) == 2 and any(row["grad_norm"] > 0 for row in rows)
+    start, _ = models.load(str(tmp_path / "cold-start" / "model"), "bfloat16", "eager")
+    end, _ = models.load(str(tmp_path / "base-nothink" / "grpo" / "model"), "bfloat16", "eager")
+    moved = [name for (name, a), b in zip(start.named_parameters(), end.parameters(), strict=True) if not torch.equal(a, b)]
+    assert any("q_proj" in name for name in moved)
+    assert len(figures.quarters(figures.run_table(tmp_path))) == 2

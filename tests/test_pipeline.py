@@ -1,0 +1,114 @@
+"""The notebooks through papermill, continuing, the first error, the page in a real browser, and the command line."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from lwzlib import pipeline, recipe, report
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def lwz(*words, **kwargs):
+    return subprocess.run([sys.executable, "-m", "lwzlib.cli", *map(str, words)], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def smoke_run(smoke, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    done = lwz("run", "smoke", "--run-dir", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_run_leaves_every_notebook_executed_and_a_page(smoke_run, smoke):
+    steps = pipeline.steps(smoke, smoke_run, 0, "smoke", [])
+    for step in steps:
+        notebook = nbformat.read(smoke_run / "notebooks" / f"{step.output}.ipynb", 4)
+        assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code"), step.output
+    assert (smoke_run / "report.html").stat().st_size > 10_000
+
+
+def test_running_again_does_nothing_again(smoke_run):
+    again = lwz("run", "smoke", "--run-dir", smoke_run)
+    assert again.returncode == 0
+    assert again.stdout.count("already done") == 6
+
+
+def test_first_error_names_the_cell_and_stops(smoke, tmp_path):
+    done = lwz("run", "smoke", "--run-dir", tmp_path, "-s", "data.heldout=/no/such/file.jsonl")
+    assert done.returncode == 1
+    assert "stopped in cell" in done.stderr and "no query file /no/such/file.jsonl" in done.stderr
+    assert not (tmp_path / "notebooks" / "02_reward_design.ipynb").exists()
+
+
+def test_misspelt_quantity_is_refused_before_anything_runs(tmp_path):
+    done = lwz("run", "nano", "--run-dir", tmp_path / "x", "-s", "grpo.stepz=5")
+    assert done.returncode == 1 and "did you mean 'grpo.steps'" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_notebooks_are_stripped_short_and_parameterised():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = nbformat.read(path, 4).cells
+        code = [cell for cell in cells if cell.cell_type == "code"]
+        assert not any(cell.outputs or cell.execution_count for cell in code), path.name
+        assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1, path.name
+        assert max(len(cell.source.splitlines()) for cell in code) <= 25, path.name
+        assert "**Question.**" in cells[0].source and "run time" in cells[0].source, path.name
+
+
+def test_page_is_self_contained_and_names_what_was_measured(smoke_run):
+    page = (smoke_run / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!#)""", page), "the page must not need any other file"
+    rows = [json.loads(line) for line in (smoke_run / "base-think" / "samples-after" / "samples.jsonl").open()]
+    assert rows[0]["query"] in page
+    for name, _, _ in recipe.departures(recipe.load("smoke", "grpo.steps=4")):
+        assert name in page or not name.startswith(("grpo.", "model.", "reward.")), name
+
+
+def test_page_of_an_empty_folder_says_so(tmp_path):
+    page = report.write(tmp_path).read_text()
+    assert "No arm was trained" in page and "No samples" in page
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_in_a_real_browser(smoke_run, tmp_path, width):
+    if not CHROMIUM:
+        assert not os.environ.get("LWZ_REQUIRE_BROWSER"), "CI must have chromium"
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    probe = tmp_path / "probe.html"
+    script = ("<script>window.onload=()=>{document.title=JSON.stringify({over:document.documentElement.scrollWidth-"
+              "innerWidth,h2:document.querySelectorAll('h2').length,svg:document.querySelector('figure svg')"
+              ".getBoundingClientRect().width})}</script>")
+    probe.write_text((smoke_run / "report.html").read_text().replace("</body>", script + "</body>"))
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--window-size={width},900", "--virtual-time-budget=3000", "--dump-dom", probe.as_uri()],
+        capture_output=True, text=True, timeout=90)
+    seen = json.loads(re.search(r"<title>(\{.*?\})</title>", done.stdout)[1].replace("&quot;", '"'))
+    assert seen["over"] <= 0, "the page scrolls sideways"
+    assert seen["h2"] == 6 and seen["svg"] > 300
+
+
+def test_doctor_says_how_to_mend(tmp_path):
+    done = lwz("doctor", env=os.environ | {"LWZ_CACHE": str(tmp_path), "COLUMNS": "200"})
+    assert done.returncode == 1, "without the embedded model nano cannot run"
+    assert "lwz prepare" in done.stdout
+
+
+def test_score_names_the_repeated_passage(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("<think>plan</think><answer>" + "The same sentence stands here again. " * 9 + "</answer>")
+    done = lwz("score", text, 40, 60)
+    assert done.returncode == 0, done.stderr
+    assert "length  1.000" in done.stdout and "The same sentence stands here again" in done.stdout

@@ -1,0 +1,160 @@
+"""A stage's folder: its states, what it refuses, and that neither a kill nor a full disk costs what was done."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import resource
+
+import pytest
+
+from lwzlib import recipe, runs
+from lwzlib.runs import Run, RunError
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(runs, "_LOCK_PATIENCE_S", 0)
+    monkeypatch.setattr(runs, "hardware", lambda: "test")  # the real one imports torch
+
+
+def _run(folder, overrides=None, seed=1, sections=("model", "grpo"), **inputs):
+    return Run(folder / "stage", recipe.load("smoke", overrides), seed, sections, inputs)
+
+
+@contextlib.contextmanager
+def _largest_file(size):
+    """No file may grow beyond `size` bytes: a real partial write, as on a disk that fills up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_run_is_finished_after_its_work_and_not_before(tmp_path):
+    run = _run(tmp_path)
+    assert (run.status, run.finished) == ({}, False)
+    with run.work():
+        assert (run.status["state"], run.status["pid"], run.finished) == ("running", os.getpid(), False)
+    assert (run.status["state"], run.finished) == ("finished", True)
+    assert _run(tmp_path).finished
+
+
+def test_work_leaves_what_was_asked_and_what_made_it(tmp_path):
+    with _run(tmp_path, model_hash="abc").work():
+        pass
+    asked = recipe.yaml.safe_load((tmp_path / "stage" / "recipe.yaml").read_text())
+    assert (set(asked), asked["seed"]) == ({"model", "grpo", "seed", "inputs"}, 1)
+    assert asked["inputs"] == {"model_hash": "abc"}
+    made = json.loads((tmp_path / "stage" / "provenance.json").read_text())
+    assert {"commit", "versions", "python", "hardware", "started"} <= set(made)
+
+
+@pytest.mark.parametrize(("error", "state"), [
+    (KeyboardInterrupt, "interrupted"), (ValueError, "failed"), (SystemExit, "failed")])
+def test_work_that_stops_early_says_how_and_goes_on_later(tmp_path, error, state):
+    run = _run(tmp_path)
+    with pytest.raises(error), run.work():
+        run.update(step=3)
+        raise error
+    assert (run.status["state"], run.finished) == (state, False)
+    with run.work():
+        assert run.status["step"] == 3
+    assert run.finished
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"overrides": {"grpo.steps": 9}}, "grpo.steps was 4, is 9"), ({"seed": 2}, "seed was 1, is 2"),
+    ({"start": "other"}, "inputs.start was None, is 'other'")])
+def test_another_recipe_seed_or_input_is_refused_by_name(tmp_path, changes, named):
+    with _run(tmp_path).work():
+        pass
+    other, before = _run(tmp_path, **changes), (tmp_path / "stage" / "status.json").read_bytes()
+    with pytest.raises(RunError, match="another recipe") as caught:
+        assert other.finished
+    assert named in str(caught.value)
+    with pytest.raises(RunError), other.work():
+        pytest.fail("the folder of another recipe was entered")
+    assert (tmp_path / "stage" / "status.json").read_bytes() == before
+
+
+def test_a_section_that_the_stage_does_not_use_may_change(tmp_path):
+    with _run(tmp_path).work():
+        pass
+    assert _run(tmp_path, {"samples.queries": 1}).finished
+
+
+def test_rewind_drops_later_rows_and_a_half_written_line(tmp_path):
+    run = _run(tmp_path)
+    run.folder.mkdir()
+    run.append("metrics", *({"step": step, "text": "雨\u2028\ud800\r\n"} for step in (1, 2, 2, 3)))
+    whole = (run.folder / "metrics.jsonl").read_bytes()
+    with (run.folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 2, "te')
+    assert [row["step"] for row in run.rows()] == [1, 2, 2, 3]
+    run.rewind(2, "metrics", "absent")
+    assert [row["step"] for row in run.rows()] == [1, 2, 2]
+    run.append("metrics", {"step": 3, "text": "雨\u2028\ud800\r\n"})
+    assert (run.folder / "metrics.jsonl").read_bytes() == whole
+    assert run.rows("absent") == []
+
+
+def test_a_broken_line_that_is_not_the_last_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        runs.read_rows(tmp_path / "metrics.jsonl")
+
+
+def test_append_to_a_full_device_says_that_the_disk_is_full(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: the disk is full"):
+        runs.append_rows(tmp_path / "metrics.jsonl", [{"step": 1}])
+
+
+@pytest.mark.parametrize("size", [200, 100_000])  # below and above Python's write buffer
+def test_append_without_room_leaves_the_file_as_before(tmp_path, size):
+    path = tmp_path / "metrics.jsonl"
+    runs.append_rows(path, [{"step": 1, "text": "x" * 500}])
+    before = path.read_bytes()
+    with _largest_file(len(before) + 100), pytest.raises(RunError, match="cannot write"):
+        runs.append_rows(path, [{"step": 2, "text": "y" * size}])
+    assert path.read_bytes() == before
+    runs.append_rows(path, [{"step": 2}])
+    assert [row["step"] for row in runs.read_rows(path)] == [1, 2]
+
+
+def test_write_atomic_without_room_leaves_the_old_file_and_no_scratch(tmp_path):
+    runs.write_atomic(tmp_path / "status.json", "old")
+    with _largest_file(100), pytest.raises(RunError, match="cannot write"):
+        runs.write_atomic(tmp_path / "status.json", "new" * 1000)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("status.json", "old")]
+
+
+def test_status_is_replaced_whole(tmp_path, monkeypatch):
+    run = _run(tmp_path)
+    with run.work():
+        run.update(step=1)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs.os, "replace", fail)
+    with pytest.raises(RunError, match="the disk is full"):
+        run.update(step=2)
+    assert (run.status["step"], run.status["state"]) == (1, "finished")
+
+
+def test_a_folder_in_use_is_refused_and_free_again_later(tmp_path):
+    run = _run(tmp_path)
+    run.folder.mkdir()
+    with (run.folder / "lock").open("a+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="in use by another process"), run.work():
+            pytest.fail("a folder in use was entered")
+        assert run.status == {}
+    with run.work():
+        pass
+    assert run.finished
