@@ -24,8 +24,8 @@ def fuse(rewards, weights, mode: str = "zscore") -> np.ndarray:
     rewards, weights = np.asarray(rewards, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     if rewards.ndim != 3 or 0 in rewards.shape:
         raise ValueError(f"rewards must have shape (groups, group_size, components), none of them 0; got {rewards.shape}")
-    if weights.shape != rewards.shape[2:] or (weights < 0).any() or weights.sum() == 0:
-        raise ValueError(f"weights must be {rewards.shape[2]} numbers >= 0, not all 0; got {weights.tolist()}")
+    if weights.shape != rewards.shape[2:] or not (weights >= 0).all() or not 0 < weights.sum() < np.inf:
+        raise ValueError(f"weights must be {rewards.shape[2]} numbers, finite and >= 0, not all 0; got {weights.tolist()}")
     if mode not in MODES:
         raise ValueError(f"unknown advantage mode {mode!r}; one of {', '.join(MODES)}")
     if np.isinf(rewards).any():

@@ -54,8 +54,7 @@ def load(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Query]:
 
     Raises DataError at the first row that breaks the schema, at a repeated id, or if no query is left.
     """
-    seen: dict[str, str] = {}
-    queries = []
+    languages, seen, queries = set(languages), {}, []
     for place, row in _rows(source):
         query = _validated(place, row)
         if query.id in seen:
@@ -64,7 +63,7 @@ def load(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Query]:
         if query.language in languages:
             queries.append(query)
     if not queries:
-        raise DataError(f"{source} has no query in {', '.join(languages)}")
+        raise DataError(f"{source} has no query in {', '.join(sorted(languages))}")
     return queries
 
 

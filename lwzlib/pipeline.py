@@ -66,7 +66,8 @@ def _execute(step: Step, output: Path) -> None:
     try:
         papermill.execute_notebook(
             NOTEBOOKS / f"{step.notebook}.ipynb", output, step.parameters, kernel_name="python3", cwd=NOTEBOOKS,
-            progress_bar=False, stdout_file=sys.stdout, start_timeout=120)
+            progress_bar=False, stdout_file=sys.stdout, start_timeout=120,
+            extra_arguments=["--IPKernelApp.log_level=50"])
     except PapermillExecutionError as error:
         raise RunError(f"{output} stopped in cell {error.cell_index}:\n{error.source}\n\n"
                        + "\n".join(error.traceback[-3:] or [f"{error.ename}: {error.evalue}"])) from None

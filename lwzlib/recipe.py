@@ -29,7 +29,7 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -218,7 +218,7 @@ def marks() -> dict[str, tuple[str, str]]:
     return found
 
 
-def _read(source: str | Path) -> dict:
+def _read(source: str | Path, below: tuple = ()) -> dict:
     path = Path(source)
     if path.suffix not in {".yaml", ".yml"}:
         path = RECIPES / f"{source}.yaml"
@@ -231,8 +231,10 @@ def _read(source: str | Path) -> dict:
         raise RecipeError(f"cannot read recipe {path}: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe {path} must be a mapping of names to values, not {type(tree).__name__}")
+    if path in below:
+        raise RecipeError(f"recipe {path} extends itself")
     parent = tree.pop("extends", None)
-    return _merge(_read(parent), tree) if parent else tree
+    return _merge(_read(parent, (*below, path)), tree) if parent else tree
 
 
 def _merge(below: dict, above: dict) -> dict:
@@ -247,10 +249,15 @@ def _merge(below: dict, above: dict) -> dict:
 def _pairs(overrides) -> dict[str, Any]:
     if isinstance(overrides, dict):
         return overrides
-    words = shlex.split(overrides) if isinstance(overrides, str) else overrides or []
-    if bad := [word for word in words if "=" not in word]:
-        raise RecipeError(f"override {bad[0]!r} is not of the form name=value, such as grpo.steps=5")
-    return {name: yaml.load(value, _Loader) for name, value in (word.split("=", 1) for word in words)}
+    try:
+        words = shlex.split(overrides) if isinstance(overrides, str) else overrides or []
+        if bad := [word for word in words if "=" not in word]:
+            raise RecipeError(f"override {bad[0]!r} is not of the form name=value, such as grpo.steps=5")
+        return {name: yaml.load(value, _Loader) for name, value in (word.split("=", 1) for word in words)}
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"cannot read override {overrides!r}: {error}") from None
 
 
 def _put(tree: dict, name: str, value: Any) -> None:

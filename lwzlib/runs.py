@@ -126,11 +126,11 @@ def read_rows(path: Path) -> list[dict]:
 def append_rows(path: Path, rows) -> None:
     """Add rows, or none of them: if the disk is full, the file is cut back and RunError says so."""
     data = "".join(_line(row) for row in rows).encode("utf-8", "surrogatepass")
-    with path.open("ab") as file:
-        size = file.tell()
+    with path.open("ab", buffering=0) as file:  # unbuffered: closing has nothing left to write, so cannot fail
+        size, rest = file.tell(), data
         try:
-            file.write(data)
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError as error:
             with contextlib.suppress(OSError):
                 file.truncate(size)
@@ -183,7 +183,8 @@ def provenance() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {"commit": commit, "uncommitted_changes": bool(changes) if commit else None, "versions": versions,
-            "python": platform.python_version(), "hardware": hardware(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+            "python": platform.python_version(), "hardware": hardware(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
 def hardware() -> str:

@@ -27,14 +27,14 @@ def _zscore_by_loops(rewards, weights):
 
 
 def _trl_sum_then_normalize(rewards, weights):
-    summed = (torch.tensor(rewards) * torch.tensor(weights)).sum(-1)
+    summed = (torch.tensor(rewards) * torch.tensor(weights, dtype=torch.float64)).sum(-1)
     return ((summed - summed.mean(1, keepdim=True)) / (torch.std(summed, 1, keepdim=True) + 1e-4)).numpy()
 
 
 def _trl_normalize_then_sum(rewards, weights):
     grouped = torch.tensor(rewards)
     whitened = (grouped - grouped.mean(1, keepdim=True)) / (torch.std(grouped, 1, keepdim=True) + 1e-4)
-    summed = (whitened * torch.tensor(weights)).sum(-1)
+    summed = (whitened * torch.tensor(weights, dtype=torch.float64)).sum(-1)
     return ((summed - summed.mean()) / (torch.std(summed) + 1e-4)).numpy()
 
 

@@ -60,7 +60,7 @@ def test_a_half_written_cache_is_not_taken_for_a_model(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_the_real_model_trains_with_grpo(nano, tmp_path):
     """Few steps: that it runs, that weights move, and that the cold start brought the form. Trends need the whole run."""
-    r = recipe.load("nano", "launch=inline grpo.steps=2 cold_start.queries=16 samples.queries=2 grpo.sampling.max_new_tokens=96")
+    r = recipe.load("nano", "launch=inline grpo.steps=2 cold_start.queries=16 grpo.sampling.max_new_tokens=96")
     launch.run_stage("grpo", r, tmp_path, 0, "base-nothink")
     rows = launch.stage_run("grpo", r, tmp_path, 0, "base-nothink").rows()
     assert len(rows) == 2 and any(row["grad_norm"] > 0 for row in rows)
