@@ -60,10 +60,15 @@ def kit_seconds(components: dict, completions: list[str], words: int) -> float:
     return time.perf_counter() - start
 
 
+def ngrams(passage: str) -> frozenset:
+    size = 2 if text.has_han(passage) else 5
+    return frozenset(passage[i : i + size] for i in range(max(1, len(passage) - size + 1)))
+
+
 def all_pairs(plan: str, answer: str, near_duplicate: float, first_only: bool) -> int:
     """The number of passages of the answer that nearly repeat an earlier passage."""
     earlier, own = text.split_passages(plan), text.split_passages(answer)
-    grams, repeated = [frozenset(overlap._gram_hashes(passage).tolist()) for passage in earlier + own], set()
+    grams, repeated = [ngrams(" ".join(passage.lower().split())) for passage in earlier + own], set()
     for i in range(len(earlier), len(grams)):
         for j in range(i):
             shared = len(grams[i] & grams[j])

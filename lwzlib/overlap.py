@@ -9,6 +9,8 @@ similarity. A duplicate is compared with the first of its kind and never enters 
 one sentence ten thousand times costs no more than an honest one.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,35 +67,47 @@ def _first_match(i, bands, buckets, grams, near_duplicate) -> int | None:
         for j in buckets.get((band, key), ()):
             if j not in seen:
                 seen.add(j)
-                shared = len(grams[i] & grams[j])
-                if shared >= near_duplicate * (len(grams[i]) + len(grams[j]) - shared):
+                shared = len(grams(i) & grams(j))
+                if shared >= near_duplicate * (len(grams(i)) + len(grams(j)) - shared):
                     return j
     return None
 
 
-def _signatures(passages: list[str]) -> tuple[list[frozenset], list[list[bytes]]]:
-    """For each passage: its n-gram hashes, and one key per band."""
+def _signatures(passages: list[str]) -> tuple[Callable[[int], frozenset], list[list[bytes]]]:
+    """The n-gram hashes of a passage, as a function of its index (few are ever asked for), and a key per band for each."""
     if not passages:
-        return [], []
-    hashes = [_gram_hashes(passage) for passage in passages]
-    starts = np.cumsum([0, *(len(h) for h in hashes[:-1])])
-    flat = np.concatenate(hashes)
+        return lambda i: frozenset(), []
+    hashes, lengths = _gram_hashes(passages)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
     minima = np.empty((len(passages), len(_MULTIPLIERS)), dtype=np.uint64)
     for k, multiplier in enumerate(_MULTIPLIERS):
-        mixed = flat * multiplier
-        minima[:, k] = np.minimum.reduceat(mixed ^ (mixed >> np.uint64(29)), starts)
+        mixed = hashes * multiplier
+        mixed ^= mixed >> np.uint64(29)
+        minima[:, k] = np.minimum.reduceat(mixed, starts)
     keys = minima.reshape(len(passages), _BANDS, _ROWS)
-    return [frozenset(h.tolist()) for h in hashes], [[band.tobytes() for band in row] for row in keys]
+    grams = functools.cache(lambda i: frozenset(hashes[starts[i] : ends[i]].tolist()))
+    return grams, [[band.tobytes() for band in row] for row in keys]
 
 
-def _gram_hashes(passage: str) -> np.ndarray:
-    """64-bit hashes of the character n-grams, case and white space folded; never empty."""
-    folded = " ".join(passage.lower().split())
-    size = _HAN_CHARS if has_han(folded) else _LATIN_CHARS
-    codes = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
-    size = min(size, len(codes))
-    total = np.zeros(len(codes) - size + 1, dtype=np.uint64)
-    for k in range(size):
-        total = (total + codes[k : len(codes) - size + 1 + k]) * np.uint64(0x9E3779B97F4A7C15)
+def _gram_hashes(passages: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """64-bit hashes of the character n-grams of all passages, one after the other, and how many each has (at least 1).
+
+    Case and white space are folded. All are hashed at once; grams that reach into the next passage are then left out.
+    """
+    folded = [" ".join(passage.lower().split()) for passage in passages]
+    sizes = np.array([_HAN_CHARS if has_han(passage) else _LATIN_CHARS for passage in passages])
+    padded = [passage.ljust(size, "\0") for passage, size in zip(folded, sizes, strict=True)]
+    chars = np.array([len(passage) for passage in padded])
+    text = "".join(padded) + "\0" * _LATIN_CHARS
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    count = int(chars.sum())
+    by_size, total = {}, np.zeros(count, dtype=np.uint64)
+    for k in range(_LATIN_CHARS):
+        total = (total + codes[k : count + k]) * np.uint64(0x9E3779B97F4A7C15)
         total ^= total >> np.uint64(32)
-    return np.unique(total)
+        by_size[k + 1] = total
+    size_at = np.repeat(sizes, chars)
+    left = np.repeat(np.cumsum(chars), chars) - np.arange(count)  # characters up to the end of the passage
+    hashes = np.where(size_at == _HAN_CHARS, by_size[_HAN_CHARS], by_size[_LATIN_CHARS])
+    return hashes[left >= size_at], chars - sizes + 1
