@@ -59,9 +59,9 @@ def test_a_stated_language_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "field"), [
-    ({"word_range": [70, 50]}, "word_range"), ({"word_range": [0, 50]}, "word_range"), ({"word_range": [50]}, "word_range"),
-    ({"word_range": [50, 12001]}, "word_range"), ({"word_range": "long"}, "word_range"), ({"query": ""}, "query"),
-    ({"query": 7}, "query"), ({"id": ""}, "id"), ({"language": "fr"}, "language"), ({"domain": "D7"}, "domain"),
+    ({"word_range": [70, 50]}, "word_range"), ({"word_range": [0, 50]}, "word_range"),
+    ({"word_range": [50]}, "word_range"), ({"word_range": [50, 12001]}, "word_range"), ({"word_range": "long"}, "word_range"),
+    ({"query": ""}, "query"), ({"query": 7}, "query"), ({"id": ""}, "id"), ({"language": "fr"}, "language"), ({"domain": "D7"}, "domain"),
     ({"words": 50}, "words")])
 def test_a_broken_row_names_file_line_and_field(tmp_path, change, field):
     path = _file(tmp_path, GOOD, {**GOOD, "id": "b"}, {**GOOD, "id": "c"} | change)

