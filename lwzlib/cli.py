@@ -1,6 +1,6 @@
 """`lwz`: run, stage, recipe, prepare, doctor, score, figures, report."""
 
-import signal
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,13 +19,23 @@ Seed = Annotated[int, typer.Option(help="Every random choice follows from it.")]
 RunDir = Annotated[Path | None, typer.Option(help="Default: runs/<recipe>, or runs/<recipe>-seed<n>.")]
 
 
+@contextlib.contextmanager
+def _resumable():
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing is lost: the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
     """Execute the notebooks of a recipe in order, into its run folder; running it again continues."""
     from lwzlib import pipeline
 
     loaded = recipes.load(recipe, sets)
-    pipeline.run(loaded, run_dir or pipeline.default_folder(loaded, seed), seed, recipe, sets or [])
+    with _resumable():
+        pipeline.run(loaded, run_dir or pipeline.default_folder(loaded, seed), seed, recipe, sets or [])
 
 
 @app.command()
@@ -36,7 +46,8 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
 
     launch.end_with_parent()
     loaded = recipes.Recipe.model_validate_json(sys.stdin.read()) if recipe == "-" else recipes.load(recipe, sets)
-    launch.run_stage(name, loaded, run_dir or pipeline.default_folder(loaded, seed), seed, arm)
+    with _resumable():
+        launch.run_stage(name, loaded, run_dir or pipeline.default_folder(loaded, seed), seed, arm)
 
 
 @app.command(name="recipe")
@@ -131,13 +142,9 @@ def report(run_dir: Path):
 
 
 def main() -> None:
-    """The entry point: a known error is one clear message and exit code 1, an interrupt says how to go on."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """The entry point: a known error is one clear message and exit code 1."""
     try:
         app()
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing is lost: the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.startswith("lwzlib") or isinstance(error, OSError):
             print(f"lwz: {error}", file=sys.stderr)

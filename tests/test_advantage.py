@@ -84,7 +84,7 @@ def test_a_constant_group_gets_0_and_the_others_do_not(mode, value):
 
 
 def test_float32_noise_in_a_constant_group_is_not_blown_up():
-    rewards = np.full((1, 8, 1), 0.7) + np.random.default_rng(0).uniform(-1e-7, 1e-7, (1, 8, 1))
+    rewards = 0.7 + 1e-7 * _random(0, 1, 8, 1)
     assert all((fuse(rewards, [1], mode) == 0).all() for mode in MODES)
 
 
@@ -114,8 +114,7 @@ def test_a_completion_without_any_reward_gets_0_and_does_not_move_the_others(mod
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_component_or_a_batch_without_any_reward_is_harmless(mode):
-    rewards = _random(5)
-    rewards[:, :, 2] = NAN
+    rewards = _random(5) * [1, 1, NAN]
     np.testing.assert_allclose(fuse(rewards, ONES, mode), fuse(rewards[:, :, :2], ONES[:2], mode))
     assert (fuse(np.full((2, 3, 2), NAN), [1, 1], mode) == 0).all()
 

@@ -12,7 +12,7 @@ def _write(tmp_path, text):
     return path
 
 
-@pytest.mark.parametrize("name", recipe.presets())
+@pytest.mark.parametrize("name", recipe.presets(), ids="{}.yaml".format)
 def test_every_preset_loads_under_its_own_name(name):
     assert recipe.load(name).name == name
 

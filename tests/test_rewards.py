@@ -132,7 +132,8 @@ def test_build_leaves_out_components_of_weight_0_and_passes_the_quantities_on():
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "\x00", "\ud800", "word " * 200_000, "字" * 1_000_000, "x" * 1_000_000, random.Random(0).randbytes(300_000).decode("latin-1")],
+    "", " ", "\x00", "\ud800", "word " * 200_000, "字" * 1_000_000, "x" * 1_000_000,
+    random.Random(0).randbytes(300_000).decode("latin-1")],
     ids=["empty", "space", "null", "surrogate", "words", "han", "letters", "binary"])
 def test_rewards_are_in_0_to_1_for_empty_enormous_and_binary_texts(text):
     texts = [text, wrap(text, text, "think"), "<think>a</think><answer>" + text]

@@ -22,15 +22,20 @@ def _run(folder, overrides=None, seed=1, sections=("model", "grpo"), **inputs):
     return Run(folder / "stage", recipe.load("smoke", overrides), seed, sections, inputs)
 
 
+def _finish(folder, **inputs):
+    with _run(folder, **inputs).work():
+        pass
+
+
 @contextlib.contextmanager
 def _largest_file(size):
     """No file may grow beyond `size` bytes: a real partial write, as on a disk that fills up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_run_is_finished_after_its_work_and_not_before(tmp_path):
@@ -43,13 +48,12 @@ def test_a_run_is_finished_after_its_work_and_not_before(tmp_path):
 
 
 def test_work_leaves_what_was_asked_and_what_made_it(tmp_path):
-    with _run(tmp_path, model_hash="abc").work():
-        pass
+    _finish(tmp_path, model_hash="abc")
     asked = recipe.yaml.safe_load((tmp_path / "stage" / "recipe.yaml").read_text())
     assert (set(asked), asked["seed"]) == ({"model", "grpo", "seed", "inputs"}, 1)
     assert asked["inputs"] == {"model_hash": "abc"}
     made = json.loads((tmp_path / "stage" / "provenance.json").read_text())
-    assert {"commit", "versions", "python", "hardware", "started"} <= set(made)
+    assert {"commit", "versions", "hardware", "started"} <= set(made)
 
 
 @pytest.mark.parametrize(("error", "state"), [
@@ -69,8 +73,7 @@ def test_work_that_stops_early_says_how_and_goes_on_later(tmp_path, error, state
     ({"overrides": {"grpo.steps": 9}}, "grpo.steps was 4, is 9"), ({"seed": 2}, "seed was 1, is 2"),
     ({"start": "other"}, "inputs.start was None, is 'other'")])
 def test_another_recipe_seed_or_input_is_refused_by_name(tmp_path, changes, named):
-    with _run(tmp_path).work():
-        pass
+    _finish(tmp_path)
     other, before = _run(tmp_path, **changes), (tmp_path / "stage" / "status.json").read_bytes()
     with pytest.raises(RunError, match=f"another recipe.*{named}"):
         other.check()
@@ -80,8 +83,7 @@ def test_another_recipe_seed_or_input_is_refused_by_name(tmp_path, changes, name
 
 
 def test_a_section_that_the_stage_does_not_use_may_change(tmp_path):
-    with _run(tmp_path).work():
-        pass
+    _finish(tmp_path)
     assert _run(tmp_path, {"samples.queries": 1}).finished
 
 
@@ -101,7 +103,7 @@ def test_rewind_drops_later_rows_and_a_half_written_line(tmp_path):
 
 def test_a_broken_line_that_is_not_the_last_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 1"):
+    with pytest.raises(ValueError, match="Unterminated"):
         runs.read_rows(tmp_path / "metrics.jsonl")
 
 
@@ -147,6 +149,5 @@ def test_a_folder_in_use_is_refused_and_free_again_later(tmp_path):
         with pytest.raises(RunError, match="in use by another process"), run.work():
             pytest.fail("a folder in use was entered")
         assert run.status == {}
-    with run.work():
-        pass
+    _finish(tmp_path)
     assert run.finished
