@@ -62,9 +62,10 @@ class FormatReward:
 
     def score(self, completion: str, style: Style) -> float:
         parsed = parse(completion, style)
-        if not parsed.exact or not parsed.answer:
-            return self.partial_credit * sum(completion.count(tag) == 1 for tag in TAGS[style])
-        return self.repetition_factor(parsed.answer, parsed.plan)
+        exact = parsed.exact and parsed.answer != ""
+        structure = 1.0 if exact else self.partial_credit * sum(completion.count(tag) == 1 for tag in TAGS[style])
+        # Partial credit pays for repetition too: else a loop would earn more by breaking the form.
+        return structure and structure * self.repetition_factor(parsed.answer, parsed.plan)
 
     def repetition_factor(self, answer: str, plan: str = "") -> float:
         share = find_overlap(answer, self.near_duplicate, against=plan).share

@@ -74,7 +74,8 @@ def _inside(text: str, tag: str) -> str:
 
 
 def split_passages(text: str) -> list[str]:
-    """Sentences, English or Chinese; one without any stop is cut every 40 words so that none can hide a loop."""
+    """Sentences, English or Chinese; one without any stop is cut every 40 words, so that it cannot hide a loop of words
+    (of digits or of another script it can: those are not words here)."""
     passages = []
     for sentence in _SENTENCE.findall(text):
         words = list(_WORD.finditer(sentence))

@@ -60,7 +60,8 @@ def test_a_stated_language_is_kept(tmp_path):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("word_range", [70, 50]), ("word_range", [0, 50]), ("word_range", [50]), ("word_range", [50, 12001]),
-    ("word_range", "long"), ("query", ""), ("query", 7), ("id", ""), ("language", "fr"), ("domain", "D7"), ("words", 50)])
+    ("word_range", "long"), ("query", ""), ("query", 7), ("id", ""), ("language", "fr"), ("domain", "D7"),
+    ("words", 50)])
 def test_a_broken_row_names_file_line_and_field(tmp_path, field, value):
     path = _file(tmp_path, GOOD, {**GOOD, "id": "b"}, {**GOOD, "id": "c", field: value})
     with pytest.raises(DataError, match=rf"mine\.jsonl, line 3.*\b{field}\b"):

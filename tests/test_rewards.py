@@ -147,3 +147,9 @@ def test_rewards_are_in_0_to_1_for_empty_enormous_and_binary_texts(text):
 def test_rewards_are_in_0_to_1_for_any_text(plan, answer, style):
     for reward in (LengthReward(200), CREDIT):
         assert all(0 <= v <= 1 for v in reward([wrap(plan, answer, style)], style=[style], word_range=[(5, 9)]))
+
+
+def test_breaking_the_form_never_pays_for_a_loop():
+    most = FormatReward(0.6, 0.05, 0.1)
+    loop = "<think>A plan.</think><answer>" + "The same sentence stands here again. " * 30 + "</answer>"
+    assert most.score(loop + "x", "think") <= most.score(loop, "think")

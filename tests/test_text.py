@@ -125,6 +125,11 @@ def test_split_passages_loses_no_word_and_hides_no_long_one(text):
     assert all(passage.strip() == passage != "" and count_words(passage) <= 40 for passage in passages)
 
 
+@pytest.mark.parametrize("word", ["word ", "字"])
+def test_a_sentence_without_a_stop_is_cut_every_40_words(word):
+    assert [count_words(passage) for passage in split_passages(word * 100)] == [40, 40, 20]
+
+
 def test_split_passages_cuts_after_stops_in_both_languages():
     assert split_passages("One. Two!\n“三。”四？") == ["One.", "Two!", "“三。”", "四？"]
 
