@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lwzlib.text import count_words, has_han, split_passages
+from lwzlib.text import count_passages, has_han, split_passages
 
 _BANDS, _ROWS = 16, 3  # two passages with Jaccard 0.6 meet in some band with probability 0.98, with 0.05 in 0.2%
 _MOST_CANDIDATES = 16  # per bucket; keeps the worst case linear
-_MULTIPLIERS = np.random.default_rng(20250618).integers(1, 2**63, _BANDS * _ROWS, dtype=np.uint64) | np.uint64(1)
+_MULTIPLIERS = np.random.default_rng(20250618).integers(1, 2**32, _BANDS * _ROWS, dtype=np.uint32) | np.uint32(1)
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_BAND = np.arange(_BANDS, dtype=np.uint64)
 _LATIN_CHARS, _HAN_CHARS = 5, 2
 
 
@@ -44,27 +46,28 @@ def find_overlap(text: str, near_duplicate: float, against: str = "") -> Overlap
 
     Two passages are near-duplicates when the Jaccard similarity of their n-gram sets is at least `near_duplicate`.
     """
-    earlier, own = split_passages(against), split_passages(text)
+    counted = count_passages(text)
+    earlier, own = split_passages(against), [passage for passage, _ in counted]
     grams, signatures = _signatures(earlier + own)
-    buckets: dict[tuple, list[int]] = {}
+    buckets: dict[int, list[int]] = {}
     duplicates = {}
     for i, bands in enumerate(signatures):
         first = _first_match(i, bands, buckets, grams, near_duplicate)
         if i >= len(earlier) and first is not None:
             duplicates[i - len(earlier)] = first - len(earlier)
         elif first is None:
-            for band, key in enumerate(bands):
-                bucket = buckets.setdefault((band, key), [])
+            for key in bands:
+                bucket = buckets.setdefault(key, [])
                 if len(bucket) < _MOST_CANDIDATES:
                     bucket.append(i)
-    words = [max(count_words(passage), 1) for passage in own]
+    words = [max(count, 1) for _, count in counted]  # a line of dashes weighs something too
     return Overlap(own, duplicates, sum(words[i] for i in duplicates), sum(words))
 
 
 def _first_match(i, bands, buckets, grams, near_duplicate) -> int | None:
     seen = set()
-    for band, key in enumerate(bands):
-        for j in buckets.get((band, key), ()):
+    for key in bands:
+        for j in buckets.get(key, ()):
             if j not in seen:
                 seen.add(j)
                 shared = len(grams(i) & grams(j))
@@ -73,21 +76,25 @@ def _first_match(i, bands, buckets, grams, near_duplicate) -> int | None:
     return None
 
 
-def _signatures(passages: list[str]) -> tuple[Callable[[int], frozenset], list[list[bytes]]]:
+def _signatures(passages: list[str]) -> tuple[Callable[[int], frozenset], list[list[int]]]:
     """The n-gram hashes of a passage, as a function of its index (few are ever asked for), and a key per band for each."""
     if not passages:
         return lambda i: frozenset(), []
     hashes, lengths = _gram_hashes(passages)
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    minima = np.empty((len(passages), len(_MULTIPLIERS)), dtype=np.uint64)
+    minima = np.empty((_BANDS * _ROWS, len(passages)), dtype=np.uint32)
+    short = (hashes >> np.uint64(32)).astype(np.uint32)
     for k, multiplier in enumerate(_MULTIPLIERS):
-        mixed = hashes * multiplier
-        mixed ^= mixed >> np.uint64(29)
-        minima[:, k] = np.minimum.reduceat(mixed, starts)
-    keys = minima.reshape(len(passages), _BANDS, _ROWS)
+        mixed = short * multiplier
+        mixed ^= mixed >> np.uint32(15)
+        minima[k] = np.minimum.reduceat(mixed, starts)
+    keys = np.zeros((len(passages), _BANDS), dtype=np.uint64)
+    for row in minima.reshape(_BANDS, _ROWS, -1).transpose(1, 2, 0):
+        keys = (keys + row) * _MIX
+        keys ^= keys >> np.uint64(32)
     grams = functools.cache(lambda i: frozenset(hashes[starts[i] : ends[i]].tolist()))
-    return grams, [[band.tobytes() for band in row] for row in keys]
+    return grams, (keys * np.uint64(_BANDS) + _BAND).tolist()
 
 
 def _gram_hashes(passages: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +111,7 @@ def _gram_hashes(passages: list[str]) -> tuple[np.ndarray, np.ndarray]:
     count = int(chars.sum())
     by_size, total = {}, np.zeros(count, dtype=np.uint64)
     for k in range(_LATIN_CHARS):
-        total = (total + codes[k : count + k]) * np.uint64(0x9E3779B97F4A7C15)
+        total = (total + codes[k : count + k]) * _MIX
         total ^= total >> np.uint64(32)
         by_size[k + 1] = total
     size_at = np.repeat(sizes, chars)

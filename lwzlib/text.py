@@ -76,13 +76,19 @@ def _inside(text: str, tag: str) -> str:
 def split_passages(text: str) -> list[str]:
     """Sentences, English or Chinese; one without any stop is cut every 40 words, so that it cannot hide a loop of words
     (of digits or of another script it can: those are not words here)."""
+    return [passage for passage, _ in count_passages(text)]
+
+
+def count_passages(text: str) -> list[tuple[str, int]]:
+    """Each passage with its number of words, for the price of one reading."""
     passages = []
     for sentence in _SENTENCE.findall(text):
-        words = list(_WORD.finditer(sentence))
-        cuts = [word.start() for word in words[_LONGEST_PASSAGE_WORDS::_LONGEST_PASSAGE_WORDS]]
-        bounds = [0, *cuts, len(sentence)]
-        passages += [sentence[a:b].strip() for a, b in itertools.pairwise(bounds)]
-    return [passage for passage in passages if passage]
+        starts = [word.start() for word in _WORD.finditer(sentence)]
+        cuts = [0, *starts[_LONGEST_PASSAGE_WORDS::_LONGEST_PASSAGE_WORDS], len(sentence)]
+        for n, (a, b) in enumerate(itertools.pairwise(cuts)):
+            if passage := sentence[a:b].strip():
+                passages.append((passage, min(_LONGEST_PASSAGE_WORDS, len(starts) - n * _LONGEST_PASSAGE_WORDS)))
+    return passages
 
 
 def whole_sentences(text: str) -> str:
