@@ -41,7 +41,7 @@ def resolve(name: str) -> str:
         return str(prepare(name))
     if name == SMOLLM2:
         if not is_prepared(name):
-            raise ModelError(f"model {name} is not prepared yet: run `lwz prepare` (once, under a minute)")
+            raise ModelError(f"model {name} is not prepared yet: run `lwz prepare` (once, about a minute)")
         return str(_folder(name))
     if name.startswith("kit:"):
         raise ModelError(f"no kit model {name!r}; there are {SMOLLM2} and {TINY}")
