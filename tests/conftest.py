@@ -1,4 +1,4 @@
-"""Fixtures: one thread each (two torch processes on two cores slow each other many times), the model cache, a smoke run."""
+"""Fixtures: the smoke recipe with its model made; tests marked gpu are skipped, visibly, without one."""
 
 import os
 
