@@ -1,6 +1,7 @@
 """Words against an independent count, and the `<think>`/`<answer>` form on every kind of text."""
 
 import random
+import time
 import unicodedata
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lwzlib.prompts import wrap
-from lwzlib.text import count_words, has_han, parse, split_passages, whole_sentences
+from lwzlib.text import count_words, fold, has_han, parse, split_passages, whole_sentences
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 FORM = {"think": TAGS, "direct": TAGS[2:]}
@@ -19,20 +20,21 @@ LETTERS = st.one_of(*(st.characters(min_codepoint=low, max_codepoint=high, exclu
                                         (0x3000, 0x3020), (0xF900, 0xFAFF), (0x20000, 0x20020), (0xFF01, 0xFF20)]))
 MIXED = st.text(st.one_of(LETTERS, st.sampled_from("aé 的字1,.。！\n'")), max_size=80)
 LOOSE = st.text(max_size=20)  # any characters, and by chance parts of tags
+JOINING = {"Ll", "Lu", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Cf"}
 TAG_FREE = st.text(st.characters(exclude_characters="<"), max_size=40)
 SOUP = st.lists(st.one_of(st.sampled_from(TAGS), LOOSE, st.sampled_from(["<", ">", "</", "think>", "\n", " "])),
                 max_size=12).map("".join)
 
 
 def _words(text):
-    """Character by character, by Unicode names."""
+    """Character by character, by Unicode names; other letters, marks and format characters do not end a run."""
     count, in_latin = 0, False
     for character in text:
         name = unicodedata.name(character, "")
         han = name.startswith(("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH"))
         latin = name.startswith("LATIN ") or name.endswith("ORDINAL INDICATOR")
         count += han or (latin and not in_latin)
-        in_latin = latin
+        in_latin = latin or (in_latin and not han and unicodedata.category(character)[0:2] in JOINING)
     return count
 
 
@@ -44,9 +46,36 @@ def test_count_words_equals_a_count_by_unicode_names(text):
 
 @pytest.mark.parametrize(("text", "words"), [
     ("", 0), ("1984, 3.14!", 0), ("don't", 2), ("naïve Ångström", 2), ("春天来了", 4), ("我用Python3写", 4), ("a1b", 2),
-    ("5 × 3 ÷ 2", 0), ("𠀀㐀豈", 3)])
+    ("5 × 3 ÷ 2", 0), ("𠀀㐀豈", 3), ("sp\u200bri\u00adng", 1), ("cafe\u0301s", 1), ("sрrіng", 1), ("Ｓprｉng", 1),
+    ("\u200bspring \u200bcame", 2), ("весна λόγος", 0), ("春\u200b天来\ufe00了", 4), ("sp𝓇ing ﬁnd oﬃce", 3)])
 def test_count_words_on_known_texts(text, words):
     assert count_words(text) == words
+
+
+def test_no_letter_mark_control_or_format_character_of_unicode_cuts_a_word_in_two():
+    joining = JOINING | {"Cc"}
+    characters = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) in joining and not c.isspace()]
+    assert [c for c in characters if not has_han(c) and count_words(f"a{c}b") != 1] == []
+
+
+@pytest.mark.parametrize("text", ["ж" * 1_000_000, "\u200b" * 1_000_000, "aж" * 500_000, "ж 字" * 300_000])
+def test_the_count_stays_linear_on_endless_runs(text):
+    started = time.perf_counter()
+    count_words(text)
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("copy", [
+    "SPRING  came\tearly", "sp\u200bring c\u00adame e\u0301arly", "ѕрring сame eаrly", "Ｓpring ｃame early",
+    "𝐬pring came ⓔarly", "\x00spring came early\ufeff", "\x00sprin\x08g came early"])
+def test_fold_shows_what_a_copy_hides(copy):
+    assert fold(copy) == "spring came early"
+
+
+@pytest.mark.parametrize("text", ["", "\ud800", "весна", "春天来了，很早。", "a1b"])
+def test_fold_keeps_different_texts_different(text):
+    assert fold(text) != fold(text + "x")
+    assert fold(fold(text)) == fold(text)
 
 
 def test_has_han_sees_one_character_among_many():
