@@ -55,7 +55,7 @@ def load(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Query]:
     Raises DataError at the first row that breaks the schema, at a repeated id, or if no query is left.
     """
     languages, seen, queries = set(languages), {}, []
-    for place, row in _rows(source):
+    for place, row in rows_of(source):
         query = _validated(place, row)
         if query.id in seen:
             raise DataError(f"{place}: id {query.id!r} was already used at {seen[query.id]}; ids must be unique")
@@ -77,8 +77,8 @@ def _validated(place: str, row) -> Query:
         raise DataError(f"{place}: {field}{shown}: {problem['msg']}".replace(": : ", ": ")) from None
 
 
-def _rows(source: str):
-    """(where it stands, row) for each row of a source."""
+def rows_of(source: str):
+    """(where it stands, row) for each row of a JSONL file, `kit:<name>` or `hub:<dataset>`; DataError if there is none."""
     if source.startswith("hub:"):
         from datasets import load_dataset
 
@@ -92,7 +92,7 @@ def _rows(source: str):
     path = QUERIES / f"{source.removeprefix('kit:')}.jsonl" if source.startswith("kit:") else Path(source)
     if not path.is_file():
         kit = ", ".join(f"kit:{p.stem}" for p in sorted(QUERIES.glob("*.jsonl")))
-        raise DataError(f"no query file {source}; give a .jsonl file, hub:<dataset>, or one of {kit}")
+        raise DataError(f"no file {source}; give a .jsonl file, hub:<dataset>, or one of {kit}")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():

