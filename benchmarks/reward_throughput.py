@@ -3,12 +3,14 @@
 The peer takes the same passages and the same character n-gram sets, and compares every passage with all earlier ones by
 Jaccard similarity; no parsing, no word count, no reward. It is timed twice, comparing every pair and stopping at the
 first match (the stronger peer on repetitive texts), on fewer completions and scaled up. Texts are random words, so
-honest sentences do not repeat.
+honest sentences do not repeat. The last table turns the semantic signal on (kit:minilm); its peer embeds each run of
+sentences once, in one call, and does nothing else.
 
     python benchmarks/reward_throughput.py [--quick]
 """
 
 import argparse
+import dataclasses
 import random
 import re
 import statistics
@@ -16,7 +18,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from lwzlib import overlap, recipe, rewards, runs, text
+from lwzlib import embed, overlap, recipe, rewards, runs, text
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("honest", "one paragraph repeated", "repeated, a word changed per sentence")
@@ -88,7 +90,7 @@ def compare(components, language, kind, words, count) -> str:
         start = time.perf_counter()
         theirs = sum(all_pairs(p.plan, p.answer, near, first_only) for p in parsed)
         peer.append((time.perf_counter() - start) * count / len(parsed))
-    found = sum(len(overlap.find_overlap(p.answer, near, against=p.plan).duplicates) for p in parsed)
+    found = sum(len(overlap.find_overlap(p.answer, near, against=p.plan).lexical) for p in parsed)
     return (f"| {language} | {kind} | {words:,} | {ours:.3g} | {peer[0]:.3g} | {peer[0] / ours:.1f} | {peer[1]:.3g} | "
             f"{peer[1] / ours:.1f} | {found} / {theirs} |")
 
@@ -99,8 +101,23 @@ def growth(components, kind, words) -> float:
     return statistics.median(kit_seconds(components, one, words) for _ in range(3)) * 1e6 / words
 
 
+def semantic(components, words, count) -> str:
+    """A row of the third table."""
+    completions = complete("en", KINDS[0], words, count)
+    ours = kit_seconds(components, completions, words)
+    counted = [text.count_passages(text.parse(c, "think").answer) for c in completions]
+    runs_ = [" ".join(passages[i][0] for i in run) for passages in counted
+             for run in overlap.runs_of(*map(list, zip(*passages, strict=True)))]
+    start = time.perf_counter()
+    embed.encode(runs_, components["format"].encoder)
+    alone = time.perf_counter() - start
+    return (f"| {words:,} | {count} | {len(runs_):,} | {ours:.3g} | {alone:.3g} | {ours / alone:.2f} | "
+            f"{ours * 1e6 / words / count:.0f} |")
+
+
 def main(quick: bool) -> None:
-    components = rewards.build(recipe.load("nano", ["reward.length.max_words=100000"]))
+    both = rewards.build(recipe.load("nano", "reward.length.max_words=100000 reward.weights.writing=0.0"))
+    components = both | {"format": dataclasses.replace(both["format"], encoder="")}
     count, words, sizes = (2, 1000, (500, 1000)) if quick else (32, 10_000, (1000, 5000, 10_000, 20_000, 50_000))
     made = runs.provenance()
     versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "trl", "transformers", "numpy"))
@@ -114,6 +131,11 @@ def main(quick: bool) -> None:
     lines += ["", "Growth of one English completion's time, microseconds per word (median of 3):", "",
               "| words | " + " | ".join(KINDS) + " |", "|--:|" + "--:|" * len(KINDS)]
     lines += [f"| {n:,} | " + " | ".join(f"{growth(components, kind, n):.1f}" for kind in KINDS) + " |" for n in sizes]
+    embed.encode(["warm up"], both["format"].encoder)
+    lines += ["", "With the semantic signal, English, honest: length and format rewards against embedding each run once.", "",
+              "| words | completions | runs | rewards, s | embedding alone, s | ratio | rewards, microseconds per word |",
+              "|--:|--:|--:|--:|--:|--:|--:|"]
+    lines += [semantic(both, n, k) for n, k in ([(words, count)] if quick else [(words, count), *((n, 1) for n in sizes)])]
     print("\n".join(lines))
     (HERE / "reward_throughput.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

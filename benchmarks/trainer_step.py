@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from transformers import TrainerCallback, set_seed
 from trl import GRPOTrainer
 
@@ -39,7 +38,7 @@ class StepEnds(TrainerCallback):
 def build(kind: type, made: recipe.Recipe, run: runs.Run, ends: StepEnds) -> GRPOTrainer:
     set_seed(SEED)
     model, tokenizer = train.load(made, made.model.name)
-    components, lora = rewards.build(made), made.grpo.lora
+    components = rewards.build(made)
     args = grpo.config(made, run, list(components))
     args.save_strategy = "no"
     args.generation_kwargs = {"min_new_tokens": made.grpo.sampling.max_new_tokens}
@@ -51,7 +50,7 @@ def build(kind: type, made: recipe.Recipe, run: runs.Run, ends: StepEnds) -> GRP
     return kind(
         model, list(components.values()), args=args, processing_class=tokenizer,
         train_dataset=grpo.dataset(made, style, tokenizer), callbacks=[ends],
-        peft_config=LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear") if lora.rank else None,
+        peft_config=train.lora(made),
         **extra)
 
 
@@ -69,7 +68,7 @@ def turn(kind: type, made: recipe.Recipe) -> tuple[list[float], set]:
 
 
 def main(name: str, steps: int, rounds: int) -> None:
-    made, provenance = recipe.load(name, {"grpo.steps": steps}), runs.provenance()
+    made, provenance = recipe.load(name, {"grpo.steps": steps, "reward.weights.writing": 0.0}), runs.provenance()
     kinds = (grpo.LongWriterGRPOTrainer, GRPOTrainer)
     seconds, lengths = {kind: [] for kind in kinds}, set()  # kind -> a list of steps per round
     for i in range(rounds):

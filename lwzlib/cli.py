@@ -1,4 +1,4 @@
-"""`lwz`: run, stage, recipe, prepare, doctor, score, figures, report."""
+"""`lwz`: run, stage, recipe, prepare, doctor, score, hacks, serve-rm, figures, export, report."""
 
 import contextlib
 import sys
@@ -40,8 +40,8 @@ def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = N
 
 @app.command()
 def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None,
-          arm: Annotated[str | None, typer.Option(help="Every stage but cold-start belongs to an arm.")] = None):
-    """Do one stage in this process: cold-start, samples-before, grpo or samples-after. Recipe `-` is read as JSON."""
+          arm: Annotated[str | None, typer.Option(help="Every stage but cold-start and writing-rm belongs to an arm.")] = None):
+    """Do one stage here: cold-start, writing-rm, samples-before, grpo or samples-after. Recipe `-` is read as JSON."""
     from lwzlib import launch, pipeline
 
     launch.end_with_parent()
@@ -65,13 +65,13 @@ def show_recipe(name: str, sets: Overrides = None):
 
 @app.command()
 def prepare(tiny: Annotated[bool, typer.Option(help="Only the random model for tests.")] = False):
-    """Make the embedded model once, in the cache: download, check, convert."""
+    """Make the embedded models and books once, in the cache: download, check, convert."""
     from lwzlib import models
 
-    name = models.TINY if tiny else models.SMOLLM2
-    known = models.is_prepared(name)
-    folder = models.prepare(name, lambda line: out.print(f"  {line}", highlight=False))
-    out.print(f"{name}: {'already in' if known else 'made in'} {folder}", highlight=False)
+    for name in (models.TINY,) if tiny else models.PARTS:
+        known = models.is_prepared(name)
+        folder = models.prepare(name, lambda line: out.print(f"  {line}", highlight=False))
+        out.print(f"{name}: {'already in' if known else 'made in'} {folder}", highlight=False)
 
 
 @app.command()
@@ -88,26 +88,68 @@ def doctor():
     raise typer.Exit(int(any(check.needed and not check.found for check in found)))
 
 
+RmFolder = Annotated[str, typer.Option(help="Folder of a trained Writing RM, such as runs/nano/writing-rm/model.")]
+
+
 @app.command()
-def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: str = "paper", style: str = "think"):
-    """Length and format reward of a completion in a file, and the passages that repeat."""
+def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: str = "nano", style: str = "think",
+          query: str = "", writing_rm: RmFolder = ""):
+    """Rewards of a completion in a file, and the passages that repeat; the writing reward if a Writing RM is named."""
     from lwzlib import rewards
-    from lwzlib.overlap import find_overlap
     from lwzlib.text import count_words, parse
 
-    loaded = recipes.load(recipe, "reward.weights.writing=0.0", sets)
+    loaded = recipes.load(recipe, sets, {} if writing_rm else {"reward.weights.writing": 0.0})
     if style not in ("think", "direct"):
         raise recipes.RecipeError(f"style {style!r} must be think or direct")
     completion = text.read_text(encoding="utf-8", errors="replace")
-    parsed = parse(completion, style)
-    for name, reward in rewards.build(loaded).items():
-        value = reward([completion], style=[style], word_range=[(lower, upper)])[0]
+    parsed, built = parse(completion, style), rewards.build(loaded, writing_rm)
+    for name, reward in built.items():
+        value = reward([completion], style=[style], word_range=[(lower, upper)], query=[query])[0]
         out.print(f"{name:7} {value:.3f}")
     out.print(f"answer  {count_words(parsed.answer)} words, plan {count_words(parsed.plan)} words, "
               f"form {'exact' if parsed.exact else 'broken'}")
-    found = find_overlap(parsed.answer, loaded.reward.format.near_duplicate, parsed.plan)
-    for later in list(found.duplicates)[:10]:
-        out.print(f"repeats {found.passages[later][:90]!r}", highlight=False)
+    if "format" not in built:
+        return
+    found = built["format"].overlaps([parsed.answer], [parsed.plan])[0]
+    for signal, passages in (("repeats", found.lexical), ("restates", found.semantic)):
+        for later in list(passages)[:10]:
+            out.print(f"{signal} {found.passages[later][:90]!r}", highlight=False)
+
+
+@app.command()
+def hacks(recipe: str = "nano", sets: Overrides = None, writing_rm: RmFolder = "",
+          times: Annotated[float, typer.Option(help="Ask for so many times the words that the honest texts have.")] = 1):
+    """Attacks on the rewards: honest against hacked, and the advantage that each would get inside an honest group."""
+    from lwzlib import hacks as suite
+    from lwzlib import rewards
+
+    off = {} if writing_rm else {"reward.weights.writing": 0.0}
+    loaded = recipes.load(recipe, {"reward.length.max_words": round(400 * max(1, times))}, sets, off)  # the texts: up to 200
+    built = rewards.build(loaded, writing_rm)
+    found = suite.table(built, [getattr(loaded.reward.weights, name) for name in built], loaded.grpo.advantage,
+                        among=suite.asking(times, loaded.data.languages))
+    names = [*built, "advantage"]
+    table = Table("attack", "words", *names, "gain", "wins", title=f"recipe {recipe}: honest>hacked", box=None)
+    for row in found.to_dict("records"):
+        pairs = [f"{row[f'honest_{name}']:.2f}>{row[f'hacked_{name}']:.2f}" for name in names]
+        table.add_row(row["attack"], f"{row['words']:.0f}", *pairs, f"{row['difference']:+.2f}", f"{row['wins']:.0%}",
+                      style="bold" if row["wins"] else "")
+    out.print(table, "Bold: the hacked completion gets more than the honest one it was made from, in some group.")
+
+
+@app.command()
+def serve_rm(model: Annotated[Path, typer.Argument(help="Folder of a trained Writing RM.")],
+             host: Annotated[str, typer.Option(help="Loopback unless you say otherwise; then set LWZ_RM_TOKEN.")] = "127.0.0.1",
+             port: int = 8017, batch_texts: int = 32, queue_texts: int = 1024, dtype: str = "bfloat16",
+             attention: str = "sdpa"):
+    """Serve a Writing RM over HTTP: GET /health, POST /score."""
+    from lwzlib import rm_server
+    from lwzlib.reward_model import Scorer
+
+    scorer = Scorer(model, dtype, attention)
+    about = scorer.info
+    rm_server.serve(rm_server.app(scorer, about["max_tokens"], scorer.count_tokens, batch_texts, queue_texts,
+                                  about["identity"]), host, port)
 
 
 @app.command()

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lwzlib import data, prompts, rewards
-from lwzlib.recipe import Recipe, Sampling
+from lwzlib.quantities import Sampling
+from lwzlib.recipe import Recipe
 from lwzlib.runs import Run
 from lwzlib.text import count_words, parse
 
@@ -33,7 +34,7 @@ def completions(model, tokenizer, texts: list[str], sampling: Sampling, batch: i
             yield start + i, text, not ended
 
 
-def samples(recipe: Recipe, run: Run, arm: str, model_name: str) -> Path:
+def samples(recipe: Recipe, run: Run, arm: str, model_name: str, writing_rm: str = "") -> Path:
     """What a model writes for the held-out queries, with its rewards: `samples.jsonl`, resumable batch by batch."""
     if run.finished:
         return run.folder
@@ -45,12 +46,13 @@ def samples(recipe: Recipe, run: Run, arm: str, model_name: str) -> Path:
         whole = len(run.rows("samples")) // batch * batch
         run.rewind(whole, "samples")
         model, tokenizer = train.load(recipe, model_name)
-        scorers = rewards.build(recipe)
+        scorers = rewards.build(recipe, writing_rm)
         framed = [prompts.render(q.query, style, recipe.model.frame, recipe.prompt, tokenizer) for q in queries]
         for i, text, truncated in completions(model, tokenizer, framed, recipe.samples.sampling, batch, run.seed,
                                               stop=recipe.samples.stop, first=whole):
             query, parsed = queries[i], parse(text, style)
-            asked = {"completions": [text], "style": [style], "word_range": [query.word_range]}
+            asked = {"completions": [text], "style": [style], "word_range": [query.word_range],
+                     "query": [query.query]}
             run.append("samples", {
                 "step": i + 1, "id": query.id, "type": query.type, "query": query.query,
                 "word_range": list(query.word_range), "completion": text, "truncated": truncated,

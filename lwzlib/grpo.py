@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
@@ -104,19 +103,18 @@ def config(recipe: Recipe, run: Run, components: list[str]) -> GRPOConfig:
 
 
 def dataset(recipe: Recipe, style: str, tokenizer) -> Dataset:
-    """Columns prompt (text), id, type, word_range, style."""
+    """Columns prompt (text), query, id, type, word_range, style."""
     return Dataset.from_list([
-        {"prompt": prompts.render(q.query, style, recipe.model.frame, recipe.prompt, tokenizer), "id": q.id,
-         "type": q.type, "word_range": list(q.word_range), "style": style}
+        {"prompt": prompts.render(q.query, style, recipe.model.frame, recipe.prompt, tokenizer), "query": q.query,
+         "id": q.id, "type": q.type, "word_range": list(q.word_range), "style": style}
         for q in data.load(recipe.data.train, recipe.data.languages)])
 
 
-def trainer(recipe: Recipe, run: Run, arm: str, start: str) -> LongWriterGRPOTrainer:
+def trainer(recipe: Recipe, run: Run, arm: str, start: str, writing_rm: str = "") -> LongWriterGRPOTrainer:
     """The trainer of an arm, ready to train from the model `start`."""
     set_seed(run.seed)  # LoRA draws its first weights
     model, tokenizer = train.load(recipe, start)
-    components = rewards.build(recipe)
-    lora = recipe.grpo.lora
+    components = rewards.build(recipe, writing_rm)
 
     def keep(rows):
         step = grpo_trainer.state.global_step + 1
@@ -125,12 +123,12 @@ def trainer(recipe: Recipe, run: Run, arm: str, start: str) -> LongWriterGRPOTra
     grpo_trainer = LongWriterGRPOTrainer(
         model, list(components.values()), args=config(recipe, run, list(components)), processing_class=tokenizer,
         train_dataset=dataset(recipe, recipe.arm(arm).prompt, tokenizer), callbacks=[train.Rows(run, train.GRPO_COLUMNS)],
-        peft_config=LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear") if lora.rank else None,
+        peft_config=train.lora(recipe),
         advantage=recipe.grpo.advantage, keep=keep)
     return grpo_trainer
 
 
-def train_arm(recipe: Recipe, run: Run, arm: str, start: str) -> Path:
+def train_arm(recipe: Recipe, run: Run, arm: str, start: str, writing_rm: str = "") -> Path:
     """GRPO on one arm; resumes from the last whole checkpoint.
 
     Leaves `model/`, `metrics.jsonl` (a row a step) and `completions.jsonl` (what was written, capped by the recipe).
@@ -140,7 +138,7 @@ def train_arm(recipe: Recipe, run: Run, arm: str, start: str) -> Path:
     with run.work():
         last = run.status.get("checkpoint")
         run.rewind(run.status.get("checkpoint_step", 0), "metrics", "completions")
-        grpo_trainer = trainer(recipe, run, arm, start)
+        grpo_trainer = trainer(recipe, run, arm, start, writing_rm)
         train.go(grpo_trainer, run.folder / "checkpoints" / last if last else None)
         trained = grpo_trainer.accelerator.unwrap_model(grpo_trainer.model)
         train.save(trained.merge_and_unload() if recipe.grpo.lora.rank else trained, grpo_trainer.processing_class, run)

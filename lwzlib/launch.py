@@ -1,8 +1,9 @@
 """Stages by name, and how they are started: in this process, or as a process of their own that ends with its parent.
 
-cold start -> for each arm: samples before, GRPO, samples after.
+cold start, Writing RM -> for each arm: samples before, GRPO, samples after.
 """
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -16,27 +17,33 @@ from lwzlib.recipe import Recipe
 from lwzlib.runs import Run, RunError
 
 _WEIGHTS = ("model", "data", "prompt", "cold_start")  # what every trained weight depends on
+_JUDGED = (*_WEIGHTS, "writing_rm", "reward")
 _SECTIONS = {
     "cold-start": _WEIGHTS,
-    "samples-before": (*_WEIGHTS, "reward", "samples"),
-    "grpo": (*_WEIGHTS, "reward", "grpo"),
-    "samples-after": (*_WEIGHTS, "reward", "grpo", "samples"),
+    "writing-rm": ("model", "data", "writing_rm"),
+    "samples-before": (*_JUDGED, "samples"),
+    "grpo": (*_JUDGED, "grpo"),
+    "samples-after": (*_JUDGED, "grpo", "samples"),
 }
+_SHARED = ("cold-start", "writing-rm")
 _QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 # glibc gives large blocks back to the system at once; every decoding step then asks for them anew.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 
 
 def stage_run(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | None = None) -> Run:
-    """The Run of a stage; every stage but `cold-start` belongs to an arm. Raises RecipeError, DataError or RunError."""
+    """The Run of a stage, shared by the arms or of one of them. Raises RecipeError, DataError or RunError."""
     if stage not in _SECTIONS:
         raise RunError(f"no stage {stage!r}; stages are {', '.join(_SECTIONS)}")
     queries = [q.model_dump(mode="json") for source in (recipe.data.train, recipe.data.heldout)
                for q in data.load(source, recipe.data.languages)]
     inputs = {"queries_digest": recipe.fingerprint("data", queries=queries)}
-    if stage == "cold-start":
+    if (pairs := Path(recipe.writing_rm.pairs)).is_file() and stage != "cold-start":
+        inputs["pairs_digest"] = hashlib.sha256(pairs.read_bytes()).hexdigest()[:16]
+    if stage in _SHARED:
         return Run(Path(root) / stage, recipe, seed, _SECTIONS[stage], inputs)
-    return Run(Path(root) / arm / stage, recipe, seed, _SECTIONS[stage], inputs | recipe.arm(arm).model_dump())
+    about = recipe.arm(arm).model_dump(exclude={"change"})
+    return Run(Path(root) / arm / stage, recipe.for_arm(arm), seed, _SECTIONS[stage], inputs | about)
 
 
 def start_model(recipe: Recipe, root: str | Path, seed: int, arm: str) -> str:
@@ -58,15 +65,21 @@ def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
         from lwzlib.pretrain import cold_start
 
         return cold_start(recipe, run)
-    start = start_model(recipe, root, seed, arm)
+    if stage == "writing-rm":
+        from lwzlib.reward_model import train_rm
+
+        return train_rm(recipe, run)
+    start, recipe = start_model(recipe, root, seed, arm), recipe.for_arm(arm)
+    trains_rm = recipe.reward.weights.writing > 0 and recipe.reward.writing.model == "stage"
+    writing_rm = str(run_stage("writing-rm", recipe, root, seed)) if trains_rm else ""
     if stage == "grpo":
         from lwzlib.grpo import train_arm
 
-        return train_arm(recipe, run, arm, start)
+        return train_arm(recipe, run, arm, start, writing_rm)
     from lwzlib.generate import samples
 
     return samples(recipe, run, arm, start if stage == "samples-before" else
-                   str(run_stage("grpo", recipe, root, seed, arm)))
+                   str(run_stage("grpo", recipe, root, seed, arm)), writing_rm)
 
 
 def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | None = None) -> Run:

@@ -23,7 +23,8 @@ class Step:
 
 def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str]) -> list[Step]:
     common = {"recipe": source, "seed": seed, "run_dir": str(folder.resolve()), "overrides": overrides}
-    once = [Step(name, name, common) for name in ("00_start_here", "02_reward_design", "04_grpo_step_by_step")]
+    once = [Step(name, name, common) for name in
+            ("00_start_here", "02_reward_design", "03_writing_rm", "04_grpo_step_by_step")]
     arms = [Step("05_train_grpo", f"05_train_grpo_{arm}", common | {"arm": arm}) for arm in recipe.arms]
     return [*once, *arms, Step("06_think_vs_nothink", "06_think_vs_nothink", common)]
 

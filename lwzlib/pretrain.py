@@ -9,7 +9,8 @@ import random
 from pathlib import Path
 
 from lwzlib import data, generate, prompts
-from lwzlib.recipe import Recipe, Sampling
+from lwzlib.quantities import Sampling
+from lwzlib.recipe import Recipe
 from lwzlib.runs import Run
 from lwzlib.text import count_words, whole_sentences
 

@@ -8,7 +8,7 @@ Departures, by recipe and off in `paper`: `prompt.wording: brief` (small models 
 a CPU pays for every token of it) and `prompt.worked_examples` (a model that never emits the tags cannot learn them).
 """
 
-from lwzlib.recipe import Prompt
+from lwzlib.quantities import Prompt
 from lwzlib.text import Style, has_han
 
 _FULL = {

@@ -11,152 +11,43 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
+
+from lwzlib import quantities as q
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the quantity, its value and what would be right."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Model(Section):
-    name: str  # `kit:smollm2-135m-instruct`, `kit:tiny`, a folder, or a hub name
-    dtype: Literal["bfloat16", "float32"]
-    attention: Literal["eager", "sdpa", "flash_attention_2"]
-    frame: Literal["plain", "chat"]  # a base model takes a plain-text frame, an instruct model its chat template
-    trust_remote_code: bool
-
-
-class Data(Section):
-    train: str  # `kit:train`, `kit:train_short`, a .jsonl file, or `hub:<dataset>`
-    heldout: str
-    languages: list[Literal["en", "zh"]] = Field(min_length=1)
-
-
-class Prompt(Section):
-    wording: Literal["full", "brief"]
-    worked_examples: Annotated[int, Field(ge=0, le=2)]
-
-
-class ColdStart(Section):
-    queries: Count  # 0 turns the stage off; each gives one think and one direct-answer document
-    learning_rate: Rate
-    batch_documents: Positive
-    max_new_tokens: Positive
-    temperature: Annotated[float, Field(gt=0, le=2)]
-
-
-class LengthQuantities(Section):
-    max_words: Positive
-
-
-class FormatQuantities(Section):
-    partial_credit: Annotated[float, Field(ge=0, lt=0.25)]  # per tag that stands exactly once; 0 = exact form only
-    near_duplicate: Annotated[float, Field(gt=0, le=1)]  # Jaccard similarity from which two passages are duplicates
-    tolerated_repetition: Annotated[float, Field(ge=0, lt=1)]  # share of words that may repeat without penalty
-
-
-class Weights(Section):
-    length: Annotated[float, Field(ge=0)]
-    writing: Annotated[float, Field(ge=0)]
-    format: Annotated[float, Field(ge=0)]
-
-
-class Reward(Section):
-    length: LengthQuantities
-    format: FormatQuantities
-    weights: Weights
-
-
-class Sampling(Section):
-    temperature: Annotated[float, Field(gt=0, le=2)]
-    top_p: Rate
-    max_new_tokens: Positive
-
-
-class Lora(Section):
-    rank: Count  # 0 = all weights are trained
-    alpha: Positive
-
-
-class Grpo(Section):
-    steps: Positive
-    group_size: Annotated[int, Field(ge=2)]
-    queries_per_step: Positive
-    micro_batch_completions: Positive
-    learning_rate: Rate
-    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"]
-    warmup_steps: Count
-    max_grad_norm: Annotated[float, Field(gt=0)]
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
-    clip_eps: Annotated[float, Field(gt=0, lt=1)]
-    kl_beta: Annotated[float, Field(ge=0)]
-    advantage: Literal["zscore", "minmax", "sum", "gdpo"]
-    lora: Lora
-    sampling: Sampling
-    gradient_checkpointing: bool
-    checkpoint_every_steps: Positive
-    kept_completions_per_step: Count
-
-    @model_validator(mode="after")
-    def _whole_batches(self):
-        completions = self.group_size * self.queries_per_step
-        if completions % self.micro_batch_completions:
-            raise ValueError(f"group_size * queries_per_step = {completions} completions a step cannot be cut into "
-                             f"micro-batches of {self.micro_batch_completions}; give a divisor of {completions}")
-        return self
-
-
-class Pretrain(Section):
-    tokens: Positive
-    sequence_tokens: Positive
-    batch_sequences: Positive
-    cot_token_fraction: Fraction
-
-
-class Samples(Section):
-    queries: Positive  # held-out queries written before and after RL
-    batch_completions: Positive
-    sampling: Sampling
-    stop: list[str]
-
-
-class Arm(Section):
-    start: Literal["base", "continual-pretrain"]
-    prompt: Literal["think", "direct"]
-
-
-class Recipe(Section):
+class Recipe(q.Section):
     name: str
     launch: Literal["inline", "subprocess"]
-    model: Model
-    data: Data
-    prompt: Prompt
-    cold_start: ColdStart
-    reward: Reward
-    grpo: Grpo
-    pretrain: Pretrain
-    samples: Samples
-    arms: dict[str, Arm] = Field(min_length=1)
+    model: q.Model
+    data: q.Data
+    prompt: q.Prompt
+    cold_start: q.ColdStart
+    writing_rm: q.WritingRM
+    reward: q.Reward
+    grpo: q.Grpo
+    pretrain: q.Pretrain
+    samples: q.Samples
+    arms: dict[str, q.Arm] = Field(min_length=1)
 
-    def arm(self, name: str) -> Arm:
+    def arm(self, name: str) -> q.Arm:
         if name not in self.arms:
             raise RecipeError(f"recipe {self.name} has no arm {name!r}{_nearest(name, self.arms)}; "
                               f"it has {', '.join(self.arms)}")
         return self.arms[name]
+
+    def for_arm(self, name: str) -> "Recipe":
+        """The recipe with what the arm changes. Raises RecipeError for an unknown arm, quantity or value."""
+        change = self.arm(name).change
+        return _validate(self.model_dump(), change, f"{self.name}, arm {name}") if change else self
 
     def fingerprint(self, *sections: str, **extra: Any) -> str:
         """Hex digest of the named sections (all of them if none is named) and whatever else a result depends on."""
@@ -191,8 +82,15 @@ def load(source: str | Path, *overrides: dict | list[str] | str | None) -> Recip
     Each of `overrides` is {"grpo.steps": 5}, ["grpo.steps=5"] or "grpo.steps=5 grpo.group_size=4".
     Raises RecipeError for an unknown preset, an unknown name (with the nearest valid one) or a value out of range.
     """
-    tree = _read(source)
-    for name, value in (pair for some in overrides for pair in _pairs(some).items()):
+    pairs = [pair for some in overrides for pair in _pairs(some).items()]
+    recipe = _validate(_read(source), dict(pairs), source)
+    for name in recipe.arms:
+        recipe.for_arm(name)
+    return recipe
+
+
+def _validate(tree: dict, changes: dict, source) -> Recipe:
+    for name, value in changes.items():
         _put(tree, name, value)
     try:
         return Recipe.model_validate(tree)

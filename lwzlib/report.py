@@ -5,11 +5,14 @@ from pathlib import Path
 
 import jinja2
 import yaml
+from matplotlib.figure import Figure
 
 from lwzlib import figures
 from lwzlib import recipe as recipes
 from lwzlib.runs import RunError, read_rows, write_atomic
 from lwzlib.text import parse
+
+REWARDS = ("length", "writing", "format")
 
 
 def write(folder: str | Path) -> Path:
@@ -22,9 +25,23 @@ def write(folder: str | Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         title=folder.name, quarters=figures.quarters(table).to_dict("records") if len(table) else [],
         curves=figures.svg(figures.panel(table)) if len(table) else "", samples=_samples(folder),
-        heldout=_heldout(folder), asked=_asked(folder), departures=_departures(folder), made=_provenance(folder))
+        rewards=REWARDS, judge=_judge(folder), heldout=_heldout(folder),
+        asked=_asked(folder), departures=_departures(folder), made=_provenance(folder))
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _judge(folder: Path) -> dict:
+    """What held-out pairs say of the run's Writing RM; empty if it has none."""
+    path = folder / "writing-rm" / "quality.json"
+    if not path.exists():
+        return {}
+    quality = json.loads(path.read_text())
+    figure = Figure(figsize=(6.8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figures.accuracy(quality, left)
+    figures.calibration(quality, right)
+    return quality | {"figure": figures.svg(figure)}
 
 
 def _phases(folder: Path):
@@ -37,7 +54,7 @@ def _heldout(folder: Path) -> list[dict]:
     """Mean rewards on held-out queries, before and after RL."""
     return [{"arm": arm, "phase": phase, "queries": len(rows)} | {
         name: sum(row[name] for row in rows) / len(rows)
-        for name in ("length", "format", "answer_words", "think_words") if name in rows[0]}
+        for name in (*REWARDS, "answer_words", "think_words") if name in rows[0]}
         for arm, phase, rows in _phases(folder) if rows]
 
 

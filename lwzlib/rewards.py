@@ -4,17 +4,29 @@ Length (published): 1 inside [lower, upper]; words / lower below; (max - words) 
 `max` and a floor are not published: `reward.length.max_words` names the first, and the reward is floored at 0.
 
 Format (structure published, the rest not): exactly one `<think>` then exactly one `<answer>`, times a repetition factor
-for passages of the answer that nearly repeat each other or the plan. `partial_credit` (off in `paper`) pays per tag that
-stands exactly once, so that a model that starts without the form can find it.
+for passages of the answer that repeat each other, by their letters or by their meaning, or the letters of the plan.
+`partial_credit` (off in `paper`) pays per tag that stands exactly once, so that a model that starts without the form can
+find it; `min_plan_words` asks for a plan that is one.
 
-Every reward is in [0, 1] and finite for every text.
+Writing (published: a Bradley-Terry model's score of query and answer): any real number; see `lwzlib.reward_model`.
+
+Length and format are in [0, 1]; every reward is finite for every text.
 """
 
+import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from lwzlib.overlap import find_overlap
+from lwzlib import rm_client
+from lwzlib.embed import encode
+from lwzlib.overlap import Meaning, Overlap, find_overlaps
 from lwzlib.recipe import Recipe
-from lwzlib.text import TAGS, Style, count_words, parse
+from lwzlib.text import TAGS, Parsed, Style, count_words, parse
+
+
+class RewardError(ValueError):
+    """A reward that cannot be built; the message says what is missing."""
 
 
 def completion_text(completion) -> str:
@@ -51,6 +63,8 @@ class LengthReward:
 class FormatReward:
     """Structure times (1 - repetition), where repetition is the share of repeated words beyond what is tolerated.
 
+    `encoder` names the sentence encoder of the semantic signal, for texts in `encoder_languages`; "" leaves it off.
+
     >>> FormatReward(0.6, 0.05)(["<answer>One day it rained.</answer>"], style=["direct"])
     [1.0]
     """
@@ -58,32 +72,97 @@ class FormatReward:
     near_duplicate: float
     tolerated_repetition: float
     partial_credit: float = 0.0
+    min_plan_words: int = 0
+    encoder: str = ""
+    encoder_languages: tuple[str, ...] = ("en",)
+    same_meaning: float = 1.0
     __name__ = "format"
 
     def score(self, completion: str, style: Style) -> float:
-        parsed = parse(completion, style)
-        exact = parsed.exact and parsed.answer != ""
-        structure = 1.0 if exact else self.partial_credit * sum(completion.count(tag) == 1 for tag in TAGS[style])
-        # Partial credit pays for repetition too: else a loop would earn more by breaking the form.
-        return structure and structure * self.repetition_factor(parsed.answer, parsed.plan)
+        return self([completion], style=[style])[0]
 
-    def repetition_factor(self, answer: str, plan: str = "") -> float:
-        share = find_overlap(answer, self.near_duplicate, against=plan).share
+    def overlaps(self, answers: list[str], plans: list[str]) -> list[Overlap]:
+        meaning = Meaning(functools.partial(encode, name=self.encoder), self.same_meaning,
+                          self.encoder_languages) if self.encoder else None
+        return find_overlaps(answers, self.near_duplicate, plans, meaning)
+
+    def structure(self, completion: str, parsed: Parsed, style: Style) -> float:
+        planned = style == "direct" or count_words(parsed.plan) >= self.min_plan_words
+        if parsed.exact and planned and parsed.answer:
+            return 1.0
+        return self.partial_credit * sum(completion.count(tag) == 1 for tag in TAGS[style])
+
+    def repetition_factor(self, share: float) -> float:
         return 1 - max(0.0, share - self.tolerated_repetition) / (1 - self.tolerated_repetition)
 
     def __call__(self, completions, style, **_) -> list[float]:
-        return [self.score(completion_text(c), s) for c, s in zip(completions, style, strict=True)]
+        texts = [completion_text(c) for c in completions]
+        parsed = [parse(text, s) for text, s in zip(texts, style, strict=True)]
+        # Partial credit pays for repetition too: else a loop would earn more by breaking the form.
+        structures = [self.structure(*each) for each in zip(texts, parsed, style, strict=True)]
+        judged = [i for i, structure in enumerate(structures) if structure]
+        found = self.overlaps([parsed[i].answer for i in judged], [parsed[i].plan for i in judged])
+        factors = {i: self.repetition_factor(overlap.share) for i, overlap in zip(judged, found, strict=True)}
+        return [structure * factors.get(i, 1.0) for i, structure in enumerate(structures)]
 
 
-def build(recipe: Recipe) -> dict:
-    """{name: reward} for the components whose weight is above 0. Raises ValueError where one cannot be built."""
-    weights = recipe.reward.weights
-    if weights.writing > 0:
-        raise ValueError("reward.weights.writing is above 0, and this version of the kit has no Writing RM yet: "
-                         "set reward.weights.writing=0.0 (a departure from the paper, which the report will name)")
-    rewards = {"length": LengthReward(recipe.reward.length.max_words), "format": FormatReward(
-        recipe.reward.format.near_duplicate, recipe.reward.format.tolerated_repetition,
-        recipe.reward.format.partial_credit)}
-    if not any(getattr(weights, name) for name in rewards):
-        raise ValueError("reward.weights are all 0; give length or format a weight above 0")
-    return {name: reward for name, reward in rewards.items() if getattr(weights, name) > 0}
+@dataclass(frozen=True)
+class WritingReward:
+    """The score that a trained Writing RM in `folder` gives the answer to the query, any real number.
+
+    Scored in this process, or by the server at `url` (`lwz serve-rm`), which must serve the same model and is waited for
+    `patience_s` seconds. An answer that is empty gets the model's floor: the lowest score it gave on held-out pairs.
+    """
+
+    folder: str
+    dtype: str = "bfloat16"
+    attention: str = "sdpa"
+    url: str = ""
+    patience_s: float = 600
+    __name__ = "writing"
+
+    def score(self, texts: list[tuple[str, str]]) -> list[float]:
+        """(query, answer) pairs, none of the answers empty."""
+        if self.url:
+            identity = _info(self.folder)["identity"]
+            return rm_client.remote_scores(self.url, texts, self.patience_s, identity=identity)
+        return _scorer(self.folder, self.dtype, self.attention)(texts)
+
+    def __call__(self, completions, style, query, **_) -> list[float]:
+        answers = [parse(completion_text(c), s).answer for c, s in zip(completions, style, strict=True)]
+        written = [i for i, answer in enumerate(answers) if answer]
+        values = self.score([(query[i], answers[i]) for i in written]) if written else []
+        found = dict(zip(written, values, strict=True))
+        return [found[i] if i in found else _info(self.folder)["floor"] for i in range(len(answers))]
+
+
+@functools.cache
+def _info(folder: str) -> dict:
+    return json.loads((Path(folder) / "writing_rm.json").read_text())
+
+
+@functools.cache
+def _scorer(folder: str, dtype: str, attention: str):
+    from lwzlib.reward_model import Scorer
+
+    return Scorer(folder, dtype, attention)
+
+
+def build(recipe: Recipe, writing_rm: str = "") -> dict:
+    """{name: reward} for the components whose weight is above 0. `writing_rm` is the folder of the model that the stage
+    `writing-rm` trained. Raises RewardError where a reward cannot be built."""
+    asked, weights = recipe.reward, recipe.reward.weights
+    folder = asked.writing.model if asked.writing.model != "stage" else writing_rm
+    if weights.writing > 0 and not (Path(folder) / "writing_rm.json").is_file():
+        raise RewardError(f"reward.weights.writing is above 0, and there is no Writing RM in {folder or 'this run'}: run "
+                          "`lwz stage writing-rm` first, name one in reward.writing.model, or set reward.weights.writing=0")
+    made = {
+        "length": lambda: LengthReward(asked.length.max_words),
+        "writing": lambda: WritingReward(folder, recipe.model.dtype, recipe.model.attention, asked.writing.url,
+                                         asked.writing.patience_s),
+        "format": lambda: FormatReward(**asked.format.model_dump() | {
+            "encoder_languages": tuple(asked.format.encoder_languages)}),
+    }
+    if not any(getattr(weights, name) for name in made):
+        raise RewardError("reward.weights are all 0; give at least one a weight above 0")
+    return {name: make() for name, make in made.items() if getattr(weights, name) > 0}

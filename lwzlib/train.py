@@ -1,10 +1,12 @@
 """What the trainers share: arguments, the rows they leave, the model they save."""
 
+import json
 import os
 import shutil
 import time
 
 import torch
+from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 
 from lwzlib import models
@@ -21,6 +23,7 @@ GRPO_COLUMNS = {
     "entropy": "entropy", "kl": "kl", "clipped": "clip_ratio/region_mean", "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
 }
+RM_COLUMNS = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "learning_rate": "learning_rate"}
 SFT_COLUMNS = {"loss": "loss", "tokens": "num_tokens", "learning_rate": "learning_rate"}
 
 
@@ -36,18 +39,26 @@ def load(recipe: Recipe, name: str):
     return models.load(name, m.dtype, m.attention, m.trust_remote_code)
 
 
+def lora(recipe: Recipe) -> LoraConfig | None:
+    """The adapter that GRPO trains; None where it trains all weights."""
+    asked = recipe.grpo.lora
+    return LoraConfig(r=asked.rank, lora_alpha=asked.alpha, target_modules=asked.targets) if asked.rank else None
+
+
 def go(trainer, checkpoint=None) -> None:
     """Train without the library's own printout: `Rows` shows one line a step."""
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def save(model, tokenizer, run: Run) -> None:
-    """Safetensors under `model/`, whole or not at all."""
+def save(model, tokenizer, run: Run, notes: dict[str, dict] | None = None) -> None:
+    """Safetensors under `model/`, whole or not at all, with `notes` as JSON files beside them."""
     scratch, final = run.folder / ".model", run.folder / "model"
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
+    for name, content in (notes or {}).items():
+        (scratch / name).write_text(json.dumps(content, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     os.rename(scratch, final)
 
@@ -70,7 +81,8 @@ class Rows(TrainerCallback):
         row["step_s"], self.since = round(now - self.since, 2), now
         self.run.append("metrics", row)
         self.run.update(step=state.global_step, total=self.total or state.max_steps)
-        shown = "  ".join(f"{name} {row[name]:.2f}" for name in ("length", "format", "loss") if row.get(name) is not None)
+        shown = "  ".join(f"{name} {row[name]:.2f}" for name in ("length", "writing", "format", "accuracy", "loss")
+                          if row.get(name) is not None)
         print(f"{self.run.folder.parent.name}/{self.run.folder.name}  step {state.global_step}/{state.max_steps}  "
               f"{shown}  {row['step_s']:.1f} s", flush=True)
 

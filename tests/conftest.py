@@ -6,13 +6,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
-from lwzlib import models, recipe
+from lwzlib import launch, models, recipe
 
 
 @pytest.fixture(scope="session")
 def smoke():
     models.prepare(models.TINY)
     return recipe.load("smoke")
+
+
+@pytest.fixture(scope="session")
+def smoke_rm(smoke, tmp_path_factory):
+    """A run folder in which the smoke recipe's Writing RM is trained."""
+    root = tmp_path_factory.mktemp("writing-rm")
+    launch.run_stage("writing-rm", smoke, root, 0)
+    return root
 
 
 def pytest_collection_modifyitems(items):

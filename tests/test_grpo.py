@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,16 +26,21 @@ def comparable(rows):
     return [{key: value for key, value in row.items() if key != "step_s"} for row in rows]
 
 
-def one_batch(r, tmp_path):
+@pytest.fixture
+def one_batch(smoke_rm):
+    return partial(_one_batch, str(smoke_rm / "writing-rm" / "model"))
+
+
+def _one_batch(writing_rm, r, tmp_path):
     run = stage_run("grpo", r, tmp_path, 0, ARM)
     run.folder.mkdir(parents=True, exist_ok=True)
-    t = trainer(r, run, ARM, r.model.name)
+    t = trainer(r, run, ARM, r.model.name, writing_rm)
     t.model.train()
     return t, t._generate_and_score_completions(next(iter(t.get_train_dataloader()))), run
 
 
-def test_sum_mode_gives_trls_own_advantages(smoke, tmp_path):
-    r = recipe.load("smoke", "grpo.advantage=sum grpo.sampling.max_new_tokens=60 grpo.group_size=8 "
+def test_sum_mode_gives_trls_own_advantages(smoke, tmp_path, one_batch):
+    r = recipe.load("smoke", "reward.weights.writing=0.0 grpo.advantage=sum grpo.sampling.max_new_tokens=60 grpo.group_size=8 "
                              "grpo.micro_batch_completions=8")
     _t, ours, _ = one_batch(r, tmp_path / "ours")
     theirs = {}
@@ -53,7 +59,7 @@ def test_sum_mode_gives_trls_own_advantages(smoke, tmp_path):
     torch.testing.assert_close(theirs["advantages"], ours["advantages"], atol=2e-4, rtol=1e-3)
 
 
-def test_rows_say_what_was_written_and_scored(smoke, tmp_path):
+def test_rows_say_what_was_written_and_scored(smoke, tmp_path, one_batch):
     _t, batch, run = one_batch(smoke, tmp_path)
     rows = run.rows("completions")
     assert len(rows) == smoke.grpo.group_size
@@ -97,7 +103,7 @@ def test_killed_at_random_moments_gives_the_rows_of_an_uninterrupted_run(smoke, 
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_next_start_continues(smoke, tmp_path):
-    r = recipe.load("smoke", "grpo.steps=40 grpo.checkpoint_every_steps=2")
+    r = recipe.load("smoke", "reward.weights.writing=0.0 grpo.steps=40 grpo.checkpoint_every_steps=2")
     run = stage_run("grpo", r, tmp_path, 0, ARM)
     command = [sys.executable, "-m", "lwzlib.cli", "stage", "grpo", "-", "--run-dir", str(tmp_path), "--arm", ARM]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -40,13 +40,13 @@ def test_run_leaves_every_notebook_executed_and_a_page(smoke_run, smoke):
 def test_running_again_does_nothing_again(smoke_run):
     again = lwz("run", "smoke", "--run-dir", smoke_run)
     assert again.returncode == 0
-    assert again.stdout.count("already done") == 6
+    assert again.stdout.count("already done") == 7
 
 
 def test_first_error_names_the_cell_and_stops(smoke, tmp_path):
     done = lwz("run", "smoke", "--run-dir", tmp_path, "-s", "data.heldout=/no/such/file.jsonl")
     assert done.returncode == 1
-    assert "stopped in cell" in done.stderr and "no query file /no/such/file.jsonl" in done.stderr
+    assert "stopped in cell" in done.stderr and "no file /no/such/file.jsonl" in done.stderr
     assert not (tmp_path / "notebooks" / "02_reward_design.ipynb").exists()
 
 
@@ -97,7 +97,7 @@ def test_page_in_a_real_browser(smoke_run, tmp_path, width):
         capture_output=True, text=True, timeout=90)
     seen = json.loads(re.search(r"<title>(\{.*?\})</title>", done.stdout)[1].replace("&quot;", '"'))
     assert seen["over"] <= 0, "the page scrolls sideways"
-    assert seen["h2"] == 6 and seen["svg"] > 300
+    assert seen["h2"] == 7 and seen["svg"] > 300
 
 
 def test_doctor_says_how_to_mend(tmp_path):

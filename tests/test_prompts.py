@@ -3,7 +3,7 @@
 import pytest
 
 from lwzlib import models, prompts
-from lwzlib.recipe import Prompt
+from lwzlib.quantities import Prompt
 from lwzlib.rewards import FormatReward
 from lwzlib.text import TAGS, count_words, has_han, parse
 

@@ -106,7 +106,7 @@ def test_departures_of_nano_are_named_with_both_values():
     nano = recipe.load("nano")
     assert found["grpo.steps"] == (150, nano.grpo.steps)
     assert found["prompt.wording"] == ("full", "brief")
-    assert {"model.name", "reward.weights.writing", "reward.length.max_words", "grpo.group_size"} <= set(found)
+    assert {"model.name", "writing_rm.pairs", "reward.length.max_words", "grpo.group_size"} <= set(found)
     assert "grpo.advantage" not in found
 
 

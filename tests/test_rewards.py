@@ -66,6 +66,14 @@ def test_partial_credit_counts_tags_that_stand_once(text, tags):
     assert CREDIT([text], style=["think"]) == [pytest.approx(0.1 * tags)]
 
 
+@pytest.mark.parametrize(("plan", "score"), [("", 0.4), ("Two words.", 0.4), ("三个字", 1), ("A plan of five words.", 1)])
+def test_a_plan_of_too_few_words_leaves_partial_credit_only(plan, score):
+    form = FormatReward(0.6, 0.05, partial_credit=0.1, min_plan_words=3)
+    assert form([wrap(plan, ANSWER, "think")], style=["think"]) == [pytest.approx(score)]
+    assert form([wrap("", ANSWER, "direct")], style=["direct"]) == [1]
+    assert FORM([wrap("", ANSWER, "think")], style=["think"]) == [1]
+
+
 def test_partial_credit_never_reaches_the_exact_form():
     most = recipe.load("nano", {"reward.format.partial_credit": 0.2499}).reward.format.partial_credit
     scores = FormatReward(0.6, 0.05, most)([CLEAN + "x", CLEAN], style=["think"] * 2)
@@ -125,10 +133,15 @@ def test_build_refuses_a_weight_on_the_writing_reward():
 
 
 def test_build_leaves_out_components_of_weight_0_and_passes_the_quantities_on():
-    assert rewards.build(recipe.load("nano")) == {"length": LengthReward(160), "format": CREDIT}
-    assert list(rewards.build(recipe.load("nano", "reward.weights.format=0.0"))) == ["length"]
+    lexical = recipe.load("nano", {"reward.weights.writing": 0.0, "reward.format.encoder": "",
+                                     "reward.format.min_plan_words": 3})
+    assert rewards.build(lexical) == {"length": LengthReward(160), "format": FormatReward(
+        0.6, 0.05, 0.1, 3, "", ("en",), lexical.reward.format.same_meaning)}
+    only = recipe.load("nano", {"reward.weights.writing": 0.0, "reward.weights.format": 0.0})
+    assert list(rewards.build(only)) == ["length"]
     with pytest.raises(ValueError, match="all 0"):
-        rewards.build(recipe.load("nano", "reward.weights.format=0.0 reward.weights.length=0.0"))
+        rewards.build(recipe.load("nano", dict.fromkeys(
+            (f"reward.weights.{name}" for name in ("length", "writing", "format")), 0.0)))
 
 
 @pytest.mark.parametrize("text", [

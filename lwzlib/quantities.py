@@ -1,0 +1,161 @@
+"""The quantities of a recipe, section by section: types, bounds, and what each means where its name does not say it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    name: str  # `kit:smollm2-135m-instruct`, `kit:tiny`, a folder, or a hub name
+    dtype: Literal["bfloat16", "float32"]
+    attention: Literal["eager", "sdpa", "flash_attention_2"]
+    frame: Literal["plain", "chat"]  # a base model takes a plain-text frame, an instruct model its chat template
+    trust_remote_code: bool
+
+
+class Data(Section):
+    train: str  # `kit:train`, `kit:train_short`, a .jsonl file, or `hub:<dataset>`
+    heldout: str
+    languages: list[Literal["en", "zh"]] = Field(min_length=1)
+
+
+class Prompt(Section):
+    wording: Literal["full", "brief"]
+    worked_examples: Annotated[int, Field(ge=0, le=2)]
+
+
+class ColdStart(Section):
+    queries: Count  # 0 turns the stage off; each gives one think and one direct-answer document
+    learning_rate: Rate
+    batch_documents: Positive
+    max_new_tokens: Positive
+    temperature: Annotated[float, Field(gt=0, le=2)]
+
+
+class LengthQuantities(Section):
+    max_words: Positive
+
+
+class Lora(Section):
+    rank: Count  # 0 = all weights are trained
+    alpha: Positive
+    targets: list[str] | Literal["all-linear"]  # names of the modules that get an adapter
+
+
+class WritingRM(Section):
+    """How the Writing RM is trained: a stage before the arms."""
+
+    model: str
+    pairs: str  # `made` by the kit, a .jsonl file, or `hub:<dataset>`
+    corpora: list[str]  # for `made`: where human passages come from
+    passage_words: Positive
+    passages_per_corpus: Positive
+    queries: Positive  # for `made`: the model answers each of so many training queries twice
+    answer_tokens: Positive
+    kinds: list[Literal["shuffled", "repeated", "padded", "truncated", "stuffed", "off_topic", "language_switched", "filler",
+                        "human_model", "requirement"]] = Field(min_length=1)
+    pairs_per_kind: Positive
+    heldout_pairs_per_kind: Positive
+    heldout_share: Annotated[float, Field(gt=0, lt=1)]  # of the sources
+    length_balanced: bool
+    epochs: Positive
+    learning_rate: Rate
+    batch_pairs: Positive
+    lora: Lora
+    max_tokens: Positive
+    fold_layout: bool  # line breaks become spaces before a text is judged
+    checkpoint_every_steps: Positive
+
+
+class WritingQuantities(Section):
+    model: str  # `stage`: the one that this recipe trains; or a folder with a Writing RM
+    url: str  # of a running `lwz serve-rm`; empty = score in the trainer's process
+    patience_s: Positive  # how long a silent server is waited for
+
+
+class FormatQuantities(Section):
+    min_plan_words: Count  # a think segment with fewer is no plan, and the form not exact
+    encoder: str  # sentence encoder of the semantic signal; empty = lexical alone
+    encoder_languages: list[Literal["en", "zh"]]
+    same_meaning: Annotated[float, Field(gt=0, le=1)]  # cosine from which two runs of sentences say the same
+    partial_credit: Annotated[float, Field(ge=0, lt=0.25)]  # per tag that stands exactly once; 0 = exact form only
+    near_duplicate: Annotated[float, Field(gt=0, le=1)]  # Jaccard similarity from which two passages are duplicates
+    tolerated_repetition: Annotated[float, Field(ge=0, lt=1)]  # share of words that may repeat without penalty
+
+
+class Weights(Section):
+    length: Annotated[float, Field(ge=0)]
+    writing: Annotated[float, Field(ge=0)]
+    format: Annotated[float, Field(ge=0)]
+
+
+class Reward(Section):
+    length: LengthQuantities
+    writing: WritingQuantities
+    format: FormatQuantities
+    weights: Weights
+
+
+class Sampling(Section):
+    temperature: Annotated[float, Field(gt=0, le=2)]
+    top_p: Rate
+    max_new_tokens: Positive
+
+
+class Grpo(Section):
+    steps: Positive
+    group_size: Annotated[int, Field(ge=2)]
+    queries_per_step: Positive
+    micro_batch_completions: Positive
+    learning_rate: Rate
+    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"]
+    warmup_steps: Count
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+    clip_eps: Annotated[float, Field(gt=0, lt=1)]
+    kl_beta: Annotated[float, Field(ge=0)]
+    advantage: Literal["zscore", "minmax", "sum", "gdpo"]
+    lora: Lora
+    sampling: Sampling
+    gradient_checkpointing: bool
+    checkpoint_every_steps: Positive
+    kept_completions_per_step: Count
+
+    @model_validator(mode="after")
+    def _whole_batches(self):
+        completions = self.group_size * self.queries_per_step
+        if completions % self.micro_batch_completions:
+            raise ValueError(f"group_size * queries_per_step = {completions} completions a step cannot be cut into "
+                             f"micro-batches of {self.micro_batch_completions}; give a divisor of {completions}")
+        return self
+
+
+class Pretrain(Section):
+    tokens: Positive
+    sequence_tokens: Positive
+    batch_sequences: Positive
+    cot_token_fraction: Fraction
+
+
+class Samples(Section):
+    queries: Positive  # held-out queries written before and after RL
+    batch_completions: Positive
+    sampling: Sampling
+    stop: list[str]
+
+
+class Arm(Section):
+    """`change` sets other quantities for this arm alone: {reward.weights.format: 0.0}."""
+
+    start: Literal["base", "continual-pretrain"]
+    prompt: Literal["think", "direct"]
+    change: dict[str, Any] = {}
