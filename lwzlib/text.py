@@ -12,17 +12,13 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
+import regex
+
 Style = Literal["think", "direct"]
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-_LATIN = "A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff"
-# In blocks, with the signs that stand in them: controls and format characters; marks and letters of the other scripts,
-# look-alikes among them; kana and Hangul; full-width and mathematical letters; private use.
-_JOINED = (r"\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u00b5\u0250-\u167f\u1681-\u1fff\u200b-\u200f\u202a-\u202e"
-           r"\u2060-\u209c\u20d0-\u218b\u24b6-\u24e9\u2c00-\u2dff\u2e2f\u3005\u3006\u302a-\u303c\u3041-\u30fa\u30fc-\u318f"
-           r"\u31a0-\u31bf\u31f0-\u31ff\ua000-\ud7ff\ue000-\uf8ff\ufb00-\ufe0f\ufe20-\ufe2f\ufe70-\ufeff\uff21-\uff3a"
-           r"\uff41-\uff5a\uff66-\uffdc\ufff9-\ufffb\U00010000-\U0001efff\U0001f130-\U0001f189\U000e0000-\U0010ffff")
-_WORD = re.compile(f"[{_HAN}]|[{_LATIN}][{_LATIN}{_JOINED}]*")
+# A word starts with a Latin letter and goes on through letters of any script, marks, and what one cannot see.
+_WORD = regex.compile(rf"[{_HAN}]|\p{{Latin}}[[\p{{L}}\p{{M}}\p{{Cf}}\p{{Cc}}\p{{Co}}]--[{_HAN}\s]]*", regex.V1)
 _HAN_CHARACTER = re.compile(f"[{_HAN}]")
 _TAG = re.compile(r"</?(?:think|answer)>")
 _FORM = {
@@ -33,9 +29,7 @@ TAGS = {
     "think": ("<think>", "</think>", "<answer>", "</answer>"),
     "direct": ("<answer>", "</answer>"),
 }
-_HIDDEN = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u0300-\u036f\u0483-\u0489\u061c\u115f\u1160\u17b4\u17b5"
-                     r"\u180b-\u180f\u1ab0-\u1aff\u1dc0-\u1dff\u200b-\u200f\u202a-\u202e\u2060-\u206f\u20d0-\u20ff\u3164"
-                     r"\ufe00-\ufe0f\ufe20-\ufe2f\ufeff\uffa0\ufff9-\ufffb\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+")
+_HIDDEN = regex.compile(r"[\p{M}\p{Cf}\p{Default_Ignorable_Code_Point}[\p{Cc}--\s]]+", regex.V1)
 _LATIN_ALIKE = str.maketrans("АВЕЅІЈКМНОРСТУХаеѕіјорсухһԁԛԝΑΒΕΖΗΙΚΜΝΟΡΤΥΧαικνορυχ",
                              "ABESIJKMHOPCTYXaesijopcyxhdqwABEZHIKMNOPTYXaikvopux")
 _LOOK_ALIKE = re.compile(f"[{''.join(map(chr, _LATIN_ALIKE))}]")
