@@ -89,7 +89,7 @@ def roc(table: pd.DataFrame, ax: Axes) -> Axes:
             blamed, hit, _ = roc_curve([0] * len(honest) + [1] * len(found), [*honest, *found])
             ax.plot(blamed, hit, dash, color=colour, label=f"{kind} ({len(found)})")
     ax.set(xlabel=f"share of {len(honest)} honest passages blamed", ylabel="share of repetitions found", xlim=(-0.01, 0.5))
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
     return ax
 
 
