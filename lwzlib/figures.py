@@ -160,7 +160,7 @@ def draw_all(results: Path, folder: Path) -> list[Path]:
     for source in sources:
         figure = panel(pd.read_csv(source))
         for kind, metadata in (("svg", {"Date": None}), ("pdf", {"CreationDate": None}), ("png", {})):
-            path = folder / f"{source.stem}_think_vs_nothink.{kind}"
+            path = folder / f"{source.stem}_curves.{kind}"
             figure.savefig(path, metadata=metadata, dpi=150)
             drawn.append(path)
     return drawn

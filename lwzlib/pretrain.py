@@ -14,6 +14,8 @@ from lwzlib.recipe import Recipe
 from lwzlib.runs import Run
 from lwzlib.text import count_words, whole_sentences
 
+_TOPIC_WORDS = 8  # of the end of a request, where the kit's queries name what they are about
+
 
 def cold_start(recipe: Recipe, run: Run) -> Path:
     """One epoch on the model's own paragraphs wrapped in the tags, half of them with a plan: only the form is taught.
@@ -42,7 +44,8 @@ def cold_start(recipe: Recipe, run: Run) -> Path:
 
 
 def _documents(recipe: Recipe, run: Run, model, tokenizer) -> list[dict]:
-    """Two for each query: with and without a plan that names the request and the true length of the paragraph."""
+    """Two for each query: with and without a plan that names the topic and the true length of the paragraph. It is short,
+    because what a plan takes of `max_new_tokens` the answer lacks."""
     queries = data.load(recipe.data.train, recipe.data.languages)
     asked = [q.query for q in random.Random(run.seed).sample(queries, min(recipe.cold_start.queries, len(queries)))]
     framed = [prompts.render_bare(query, recipe.model.frame, tokenizer) for query in asked]
@@ -51,7 +54,8 @@ def _documents(recipe: Recipe, run: Run, model, tokenizer) -> list[dict]:
     documents = []
     for i, text, _ in generate.completions(model, tokenizer, framed, sampling, recipe.samples.batch_completions, run.seed):
         answer = whole_sentences(text)
-        plan = (f"Request: {asked[i].rstrip('.。?？')}. First the main point, then an example, then an ending. "
+        about = " ".join(asked[i].rstrip(".。?？").split()[-_TOPIC_WORDS:])
+        plan = (f"Topic: {about}. First the main point, then an example, then an ending. "
                 f"Length: about {round(count_words(answer), -1)} words.")
         for style in ("think", "direct"):
             prompt = prompts.render(asked[i], style, recipe.model.frame, recipe.prompt, tokenizer)

@@ -44,7 +44,7 @@ def _start(document: corpus.Document, words: int) -> str:
     return " ".join(taken)
 
 
-def repeated(texts: list[dict], seed: int = 0, times: int = 4) -> list[dict]:
+def repeated(texts: list[dict], seed: int = 0, times: int = 3) -> list[dict]:
     """{kind, language, id, text, before, added}: each plain text, with a passage `added` that repeats one of the text, or
     the passage `before` it; `times` per kind of repetition."""
     rng, found = random.Random(seed), []
