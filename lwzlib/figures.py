@@ -110,7 +110,7 @@ def calibration(quality: dict, ax: Axes) -> Axes:
     expected, observed, _ = zip(*quality["calibration"], strict=True)
     ax.plot([0.5, 1], [0.5, 1], ":", color="grey")
     ax.plot(expected, observed, "o-", color=STYLES[0][0])
-    ax.set(xlabel="win rate expected from the margin", ylabel="observed", xlim=(0.48, 1.02), ylim=(0.28, 1.02))
+    ax.set(xlabel="expected win rate", ylabel="observed win rate", xlim=(0.48, 1.02), ylim=(0.28, 1.02))
     return ax
 
 
