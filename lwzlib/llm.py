@@ -203,8 +203,10 @@ async def _endpoint(s: Settings, spent: Spent):
         try:
             async with asyncio.timeout(s.timeout_s):
                 said = await client.post(_PATHS[s.endpoint], body=body, cast_to=str)
-        except (openai.APIConnectionError, TimeoutError) as error:
-            raise _Unavailable(hidden(f"{type(error).__name__}: {error.__cause__ or error}"), 0.0) from None
+        except TimeoutError:
+            raise _Unavailable(f"no reply within timeout_s = {s.timeout_s:g}", 0.0) from None
+        except openai.APIConnectionError as error:
+            raise _Unavailable(hidden(f"{error} {error.__cause__ or ''}"), 0.0) from None
         except openai.APIStatusError as error:
             said = f"HTTP {error.status_code} {hidden(error.response.text)[:500]}"
             if error.status_code in _REFUSED:
@@ -226,7 +228,8 @@ async def _endpoint(s: Settings, spent: Spent):
         except _Unavailable as error:
             raise LLMError(f"{s.base_url}: no reply within patience_s = {s.patience_s:g}; last: {error.args[0]}") from None
 
-    async with openai.AsyncOpenAI(base_url=s.base_url, api_key=secret or "none", timeout=s.timeout_s, max_retries=0) as client:
+    # Its own timeout bounds each read, not the whole.
+    async with openai.AsyncOpenAI(base_url=s.base_url, api_key=secret or "none", timeout=None, max_retries=0) as client:
         yield post
 
 
