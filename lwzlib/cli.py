@@ -1,4 +1,4 @@
-"""`lwz`: run, stage, recipe, prepare, doctor, score, hacks, serve-rm, figures, export, report."""
+"""`lwz`: run, stage, recipe, prepare, doctor, score, hacks, serve-rm, curate, figures, export, report."""
 
 import contextlib
 import sys
@@ -150,6 +150,42 @@ def serve_rm(model: Annotated[Path, typer.Argument(help="Folder of a trained Wri
     about = scorer.info
     rm_server.serve(rm_server.app(scorer, about["max_tokens"], scorer.count_tokens, batch_texts, queue_texts,
                                   about["identity"]), host, port)
+
+
+@app.command()
+def curate(source: Annotated[str, typer.Argument(help="kit:<name>, a .jsonl file with `query` a line, or hub:<dataset>.")],
+           to: Annotated[Path, typer.Argument(help="A .jsonl file; rejects and replies are written beside it.")],
+           base_url: Annotated[str, typer.Option(help="OpenAI-compatible, such as http://127.0.0.1:8000/v1.")],
+           model: Annotated[str, typer.Option(help="The paper asks QwQ-32B.")],
+           api_key_env: Annotated[str, typer.Option(help="Name of the variable that holds the key.")] = "OPENAI_API_KEY",
+           sets: Annotated[list[str] | None, typer.Option("--set", "-s", help="Of lwzlib.llm.Settings: concurrency=32, "
+                                                          "requests_per_minute=60, sampling={temperature: 0.6}, ...")] = None,
+           budget_requests: Annotated[int, typer.Option(help="Stop after so many; 0 = no limit.")] = 0,
+           budget_tokens: Annotated[int, typer.Option(help="Stop after so many, read and written; 0 = no limit.")] = 0):
+    """Keep the queries that need long writing, with the word range each needs; the same command goes on where it stopped."""
+    import asyncio
+    import collections
+
+    from lwzlib import curate as curation
+    from lwzlib import data, llm, ranges
+
+    given = {"base_url": base_url, "model": model, "api_key_env": api_key_env, "budget_requests": budget_requests,
+             "budget_tokens": budget_tokens}
+    settings = llm.configure(**given | recipes.assigned(sets))
+    with _resumable():
+        kept, rejects = asyncio.run(curation.curate(settings, source, to))
+    out.print(f"{to}: {len(kept)} kept, {len(rejects)} rejected", highlight=False, soft_wrap=True)
+    table = Table("rejected because", "queries")
+    for reason, count in collections.Counter(row["reason"] for row in rejects).most_common():
+        table.add_row(reason, str(count))
+    if rejects:
+        out.print(table)
+    by_hand = {row["id"]: row["word_range"] for _, row in data.rows_of(source)
+               if isinstance(row, dict) and row.get("id") and row.get("word_range")}
+    if any(query.id in by_hand for query in kept):
+        found = ranges.agreement({query.id: query.word_range for query in kept}, by_hand)
+        out.print("against the ranges in the source:", ", ".join(f"{name} {value:.3g}" for name, value in found.items()),
+                  highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -56,7 +56,7 @@ def load(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Query]:
     """
     languages, seen, queries = set(languages), {}, []
     for place, row in rows_of(source):
-        query = _validated(place, row)
+        query = validated(place, row)
         if query.id in seen:
             raise DataError(f"{place}: id {query.id!r} was already used at {seen[query.id]}; ids must be unique")
         seen[query.id] = place
@@ -67,7 +67,7 @@ def load(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Query]:
     return queries
 
 
-def _validated(place: str, row) -> Query:
+def validated(place: str, row) -> Query:
     try:
         return Query.model_validate(row)
     except ValidationError as error:

@@ -82,7 +82,7 @@ def load(source: str | Path, *overrides: dict | list[str] | str | None) -> Recip
     Each of `overrides` is {"grpo.steps": 5}, ["grpo.steps=5"] or "grpo.steps=5 grpo.group_size=4".
     Raises RecipeError for an unknown preset, an unknown name (with the nearest valid one) or a value out of range.
     """
-    pairs = [pair for some in overrides for pair in _pairs(some).items()]
+    pairs = [pair for some in overrides for pair in assigned(some).items()]
     recipe = _validate(_read(source), dict(pairs), source)
     for name in recipe.arms:
         recipe.for_arm(name)
@@ -144,7 +144,7 @@ def _merge(below: dict, above: dict) -> dict:
     return merged
 
 
-def _pairs(overrides) -> dict[str, Any]:
+def assigned(overrides) -> dict[str, Any]:
     if isinstance(overrides, dict):
         return overrides
     try:

@@ -75,7 +75,7 @@ class Run:
     def work(self) -> Iterator[None]:
         """Hold the folder, mark it running, and at the end finished, interrupted or failed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / "lock"):
+        with locked(self.folder / "lock"):
             self.check()
             if not self.status:
                 write_atomic(self.folder / "recipe.yaml", yaml.safe_dump(self._asked(), allow_unicode=True))
@@ -158,7 +158,7 @@ def _disk(error: OSError, path: Path) -> RunError:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     with path.open("a+") as file:
         for waited in range(_LOCK_PATIENCE_S + 1):
             try:

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import fake_llm_server
 import pytest
 
 from lwzlib import launch, models, recipe
@@ -21,6 +22,12 @@ def smoke_rm(smoke, tmp_path_factory):
     root = tmp_path_factory.mktemp("writing-rm")
     launch.run_stage("writing-rm", smoke, root, 0)
     return root
+
+
+@pytest.fixture(scope="session")
+def llm_server(tmp_path_factory):
+    with fake_llm_server.running(tmp_path_factory.mktemp("llm-server")) as server:
+        yield server
 
 
 def pytest_collection_modifyitems(items):
