@@ -62,11 +62,11 @@ def resolve(name: str) -> str:
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
-def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False, scorer: bool = False, seed: int = 0):
-    """(model in eval mode, tokenizer that pads on the left). A `scorer` gives one number a text, by a new head, drawn
-    with `seed`, where the model has none."""
+def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False, scorer: bool = False):
+    """(model in eval mode, tokenizer that pads on the left). A `scorer` gives one number a text, by a new head where the
+    model has none, drawn from torch's generator."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
     path = resolve(name)
@@ -75,7 +75,6 @@ def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False,
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
         kind, extra = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
         if scorer:
-            set_seed(seed)
             logging.set_verbosity_error()  # else a report that the head is new
         model = kind.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention,
                                      trust_remote_code=trust_remote_code, **extra)

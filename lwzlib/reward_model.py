@@ -26,10 +26,13 @@ class Scorer:
     """A trained Writing RM. `info` is what `writing_rm.json` says: identity, frame, fold_layout, max_tokens, floor."""
 
     def __init__(self, folder: str | Path, dtype: str, attention: str):
+        import torch
+
         from lwzlib import models
 
         self.info = json.loads((Path(folder) / "writing_rm.json").read_text())
-        self.model, self.tokenizer = models.load(str(folder), dtype, attention, scorer=True)
+        with torch.random.fork_rng():  # loaded in the midst of training: a resumed run must draw as if it had not been
+            self.model, self.tokenizer = models.load(str(folder), dtype, attention, scorer=True)
 
     def count_tokens(self, texts: Iterable[tuple[str, str]]) -> list[int]:
         return [len(ids) for ids in self._ids(texts)]
@@ -123,6 +126,7 @@ def train_rm(recipe: Recipe, run: Run) -> Path:
         return run.folder / "model"
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import set_seed
     from trl import RewardConfig, RewardTrainer
 
     from lwzlib import models, train
@@ -133,7 +137,8 @@ def train_rm(recipe: Recipe, run: Run) -> Path:
         run.rewind(run.status.get("checkpoint_step", 0), "metrics")
         parts = make_pairs(recipe, run)
         m = recipe.model
-        model, tokenizer = models.load(asked.model, m.dtype, m.attention, m.trust_remote_code, scorer=True, seed=run.seed)
+        set_seed(run.seed)  # the head is new
+        model, tokenizer = models.load(asked.model, m.dtype, m.attention, m.trust_remote_code, scorer=True)
         rows = [dict(zip(("chosen_ids", "rejected_ids"),
                          token_ids(tokenizer, m.frame, asked.fold_layout, [(p.prompt, p.chosen), (p.prompt, p.rejected)]),
                          strict=True))

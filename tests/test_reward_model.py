@@ -19,6 +19,11 @@ from lwzlib.text import count_words
 WORDS = ["river", "lamp", "stone", "market", "bread", "window", "train", "garden", "harvest", "winter", "letter", "bridge"]
 
 
+def _new_head(seed):
+    torch.manual_seed(seed)
+    return models.load(models.TINY, "float32", "sdpa", scorer=True)
+
+
 def _pair_rows(count, seed=0):
     """The chosen text has one word that the rejected text never has; both are as long."""
     rng, rows = random.Random(seed), []
@@ -156,7 +161,7 @@ def test_the_loss_is_the_published_one(smoke, tmp_path):
     r = _recipe(tmp_path, _pair_rows(10), batch_pairs=99, length_balanced=False)
     folder = _trained(r, tmp_path / "run")
     made = pairs.load(str(folder / "pairs_train.jsonl"))
-    model, tokenizer = models.load(models.TINY, "float32", "sdpa", scorer=True, seed=0)
+    model, tokenizer = _new_head(0)
     asked = [[(p.prompt, getattr(p, side)) for p in made] for side in ("chosen", "rejected")]
     chosen, rejected = (np.array(_alone(model, token_ids(tokenizer, "chat", True, texts))) for texts in asked)
     (row,) = _jsonl(folder / "metrics.jsonl")
@@ -171,7 +176,7 @@ def test_a_lora_is_merged_into_the_model_that_is_saved(smoke, tmp_path):
     heldout = pairs.load(str(folder / "pairs_heldout.jsonl"))
     again = Scorer(folder / "model", "float32", "sdpa")([(p.prompt, p.chosen) for p in heldout])
     np.testing.assert_allclose(again, [row["chosen"] for row in _jsonl(folder / "scores.jsonl")], atol=1e-5)
-    base, _ = models.load(models.TINY, "float32", "sdpa", scorer=True, seed=0)
+    base, _ = _new_head(0)
     saved, _ = models.load(str(folder / "model"), "float32", "sdpa", scorer=True)
     changed = {name for (name, a), b in zip(base.named_parameters(), saved.parameters(), strict=True) if not torch.equal(a, b)}
     assert {"score.weight", "model.layers.0.self_attn.q_proj.weight"} <= changed
@@ -179,8 +184,15 @@ def test_a_lora_is_merged_into_the_model_that_is_saved(smoke, tmp_path):
 
 
 def test_the_seed_draws_the_head(smoke):
-    heads = [models.load(models.TINY, "float32", "sdpa", scorer=True, seed=seed)[0].score.weight for seed in (0, 0, 1)]
+    heads = [_new_head(seed)[0].score.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_a_scorer_that_is_loaded_in_the_midst_of_training_draws_nothing(smoke_rm):
+    torch.manual_seed(3)
+    untouched = torch.random.get_rng_state()
+    Scorer(smoke_rm / "writing-rm" / "model", "float32", "sdpa")
+    assert torch.equal(torch.random.get_rng_state(), untouched)
 
 
 def test_pairs_that_are_all_too_long_are_refused(smoke, tmp_path):
