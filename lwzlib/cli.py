@@ -1,4 +1,4 @@
-"""`lwz`: run, stage, status, corpus, recipe, prepare, doctor, score, hacks, serve-rm, curate, figures, export, report;
+"""`lwz`: run, stage, status, corpus, recipe, prepare, doctor, score, hacks, serve-rm, curate, figures, export, claims, report;
 arena, elo, rate, unblind."""
 
 import contextlib
@@ -218,12 +218,16 @@ def curate(source: Annotated[str, typer.Argument(help="kit:<name>, a .jsonl file
 
 
 @app.command()
-def figures(results: Path = Path("figures/results"), folder: Path = Path("figures/out")):
-    """Redraw every figure from committed rows: no network, no GPU."""
-    from lwzlib import figures as draw
+def figures(results: Path = Path("figures/results"), published: Path = Path("figures/published"),
+            folder: Path = Path("figures/out"),
+            runs: Annotated[Path, typer.Option(help="Run folders in here add their completions to the page.")] = Path("runs")):
+    """Every exhibit of the paper from committed rows, as PDF, SVG, PNG, and the page index.html: no network, no GPU."""
+    from lwzlib import exhibits, page
+    from lwzlib import results as rows
 
-    for path in draw.draw_all(results, folder):
-        out.print(path, highlight=False)
+    tables = rows.read(results, published)
+    written = exhibits.write(tables, folder)
+    out.print(f"{folder}: {len(written)} files\n{page.write(tables, folder, runs)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -246,6 +250,24 @@ def report(run_dir: Path):
     from lwzlib import report as page
 
     out.print(page.write(run_dir), highlight=False)
+
+
+@app.command()
+def claims(results: Path = Path("figures/results"), ledger: Path = Path("figures/claims.yaml"),
+           markdown: Annotated[bool, typer.Option(help="As a Markdown table.")] = False):
+    """The claims ledger: what the paper says, what was measured here, and the verdict that follows from the rows."""
+    from lwzlib import claims as book
+    from lwzlib import results as rows
+
+    entries = book.ledger(book.load(ledger), rows.read(results))
+    if markdown:
+        print(book.markdown(entries))
+        return
+    table = Table("claim", "setting", "measured here", "verdict", show_lines=True)
+    for entry in entries:
+        found = "\n".join(map(str, entry.findings)) or book.reason(entry)
+        table.add_row(entry.claim.claim, entry.setting, found.replace("[", "\\["), entry.verdict)
+    out.print(table, highlight=False)
 
 
 def main() -> None:

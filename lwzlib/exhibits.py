@@ -23,7 +23,8 @@ ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 
 
 class Exhibit(NamedTuple):
-    """`make`: (tables, ax) -> ax for a figure, tables -> DataFrame for a table; `note`: what a reader must know."""
+    """`make`: (tables, ax) -> ax for a figure, tables -> DataFrame for a table (whose height follows from its rows); `note`:
+    what a reader must know."""
 
     name: str
     title: str
@@ -36,11 +37,12 @@ class Exhibit(NamedTuple):
         return self.name.startswith("table")
 
 
-_ARENA = ("Here: the embedded arena. The judge is the Writing RM that the arms were trained on, so it shows what they learnt, not "
-          "how well they write; Elo is Bradley-Terry by maximum likelihood, the no-think arm before RL stands at 1000.")
+_ARENA = ("Here: the embedded arena. The judge is the Writing RM that the arms were trained on, so it shows what they learnt, "
+          "not how well they write; Elo is Bradley-Terry by maximum likelihood, the no-think arm before RL stands at 1000.")
+_UNKNOWN = "The paper's scores are not in this kit's sources."
 EXHIBITS = {exhibit.name: exhibit for exhibit in (
     Exhibit("figure_1", "Figure 1 · Headline scores", paper_figures.figure_1, 2.9,
-            "What the paper's Figure 1 looks like is not in this kit's sources: these are the headline numbers of its Table 1."),
+            "What the paper's Figure 1 looks like is not in this kit's sources: these are headline numbers of its Table 1."),
     Exhibit("figure_2", "Figure 2 · Rewards and length over RL steps", paper_figures.figure_2, 5.4,
             "The paper's curves are published without values. Here: a point a step and seed, lines are means over five steps, "
             "bands the range of the seeds. Whole answers: those that did not overrun the limit."),
@@ -51,17 +53,18 @@ EXHIBITS = {exhibit.name: exhibit for exhibit in (
     Exhibit("figure_5", "Figure 5 · Wins, ties, losses", paper_figures.figure_5, 3.9,
             f"The paper draws eight donuts; known are the highest win rate and a bound of the lowest. {_ARENA}"),
     Exhibit("figure_6", "Figure 6 · Length of the plan over RL steps", paper_figures.figure_6, 2.8,
-            "Published: a plateau of about 2,000 to 3,000 tokens, longer after continual pretraining. The scale is logarithmic."),
-    Exhibit("table_1", "Table 1 · WritingBench, Arena-Write and ablations", paper_tables.table_1, 2.7,
-            f"CPT: continual pretraining; without it: Base-think, without thinking: Base-nothink. D1 Academic & Engineering, D2 Finance & Business, D3 Politics & Law, D4 Literature & Art, D5 Education, "
-            f"D6 Advertising & Marketing. {_ARENA} It cannot be compared with Arena-Write."),
-    Exhibit("table_2", "Table 2 · Pretraining mixture", paper_tables.table_2, 1.6, "The paper's shares are not in this kit's sources."),
-    Exhibit("table_3", "Table 3 · Size of the base model", paper_tables.table_3, 1.2,
-            "The paper's 14B scores are not in this kit's sources."),
-    Exhibit("table_4", "Table 4 · SFT on long answers", paper_tables.table_4, 2.2,
-            "The paper's scores are not in this kit's sources. Here SFT learns from the model's own best answers and human passages, "
-            "not from LongWriter's data; intervals: 95% over queries."),
-    Exhibit("table_5", "Table 5 · LongBench-Write", paper_tables.table_5, 0.9, "The paper's scores are not in this kit's sources."),
+            "Published: a plateau of about 2,000 to 3,000 tokens, longer after continual pretraining. Logarithmic scale."),
+    Exhibit("table_1", "Table 1 · WritingBench, Arena-Write and ablations", paper_tables.table_1, 0,
+            "CPT: continual pretraining; without it: Base-think; without thinking: Base-nothink. D1 Academic & Engineering, "
+            "D2 Finance & Business, D3 Politics & Law, D4 Literature & Art, D5 Education, D6 Advertising & Marketing. "
+            f"{_ARENA} It cannot be compared with Arena-Write."),
+    Exhibit("table_2", "Table 2 · Pretraining mixture", paper_tables.table_2,
+            0, "The paper's shares are not in this kit's sources."),
+    Exhibit("table_3", "Table 3 · Size of the base model", paper_tables.table_3, 0, f"14B: {_UNKNOWN}"),
+    Exhibit("table_4", "Table 4 · SFT on long answers", paper_tables.table_4, 0,
+            f"{_UNKNOWN} Here SFT learns from the model's own best answers and human passages, not from LongWriter's data; "
+            "intervals: 95% over queries."),
+    Exhibit("table_5", "Table 5 · LongBench-Write", paper_tables.table_5, 0, _UNKNOWN),
 )}
 
 

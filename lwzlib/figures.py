@@ -15,7 +15,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lwzlib.runs import RunError, read_rows
+from lwzlib.runs import read_rows
 
 matplotlib.rcParams.update({"svg.hashsalt": "lwzlib", "svg.fonttype": "none", "font.size": 9,
                             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
@@ -281,19 +281,3 @@ def svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg"):]
-
-
-def draw_all(results: Path, folder: Path) -> list[Path]:
-    """Redraw each `results/*.csv` into `folder` as SVG, PDF and PNG. Raises RunError if there is no such file."""
-    sources = sorted(Path(results).glob("*.csv"))
-    if not sources:
-        raise RunError(f"no results in {results}; `lwz export runs/nano` writes them from a run")
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for source in sources:
-        figure = panel(pd.read_csv(source))
-        for kind, metadata in (("svg", {"Date": None}), ("pdf", {"CreationDate": None}), ("png", {})):
-            path = folder / f"{source.stem}_curves.{kind}"
-            figure.savefig(path, metadata=metadata, dpi=150)
-            drawn.append(path)
-    return drawn

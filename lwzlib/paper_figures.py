@@ -99,7 +99,8 @@ def figure_5(tables: Tables, ax: Axes) -> Axes:
             ax.text(50, place, said, ha="center", va="center", fontsize=7, color="0.35")
         else:
             ends = f"published: win rate at most {high}%, at least above {low}%"
-            tag(ax.plot([low, high], [place, place], "|-", color="black", markersize=9, linewidth=1)[0], "published", [ends] * 2)
+            line, = ax.plot([low, high], [place, place], "|-", color="black", markersize=9, linewidth=1)
+            tag(line, "published", [ends] * 2)
             ax.annotate(f"{low:.0f} to {high:.1f}%", (low, place), (-5, 0), textcoords="offset points", ha="right", va="center",
                         fontsize=7)
     ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
@@ -205,20 +206,21 @@ def _elo_lines(tables: Tables, ax: Axes, arms) -> bool:
     found = tables.elo
     commits, arms = tables.held_out.groupby("arm").commit.first(), [arm for arm in arms if arm in set(found.arm)]
     for i, arm in enumerate(arms):
-        rows, (colour, dash, marker) = found[found.arm == arm], ARMS[arm]
+        (colour, dash, marker), rows = ARMS[arm], found[(found.arm == arm) & np.isfinite(found.elo)]
         at = 100 * rows.step.fillna(np.inf) / rows.step.max() if rows.step.max() > 0 else 100.0 * rows.step.isna()
         at = at.clip(0, 100) + 2 * (i - (len(arms) - 1) / 2)  # beside each other, not on top
         if rows.seed_low.notna().any():
             tag(ax.fill_between(at, rows.seed_low, rows.seed_high, color=colour, alpha=0.18, linewidth=0), "measured",
                 [f"{arm}: range of the ratings of {rows.seeds.iloc[0]} seeds"])
         bars = ax.errorbar(at, rows.elo, yerr=[rows.elo - rows.low, rows.high - rows.elo], fmt="none", ecolor=colour,
-                           elinewidth=0.8, capsize=1.5, alpha=0.6)
-        for drawn in (bars.lines[2][0], *bars.lines[1]):
-            tag(drawn, "measured", [f"{arm}: 95% interval over queries"] * len(rows))
+                           elinewidth=0.8, alpha=0.6)
+        tag(bars.lines[2][0], "measured", [f"{arm}: 95% interval over queries"])
         tag(ax.plot(at, rows.elo, dash, color=colour, marker=marker, markersize=4.5)[0], "measured",
-            [f"{arm}, {row.seeds} seed{'s' * (row.seeds > 1)} ({seeds_of(tables.held_out)}), commit {commits[arm][:9]}: "
-             f"{'after SFT' if pd.isna(row.step) else f'step {row.step:.0f}'}, Elo {row.elo:.0f} [{row.low:.0f}, {row.high:.0f}], "
-             f"embedded arena, {row.anchor} = 1000" for row in rows.itertuples()])
+            [f"{arm}, {seeds_of(tables.held_out)}, commit {commits[arm][:9]}: "
+             f"{'after SFT' if pd.isna(row.step) else f'step {row.step:.0f}'}, Elo {row.elo:.0f} "
+             f"[{row.low:.0f}, {row.high:.0f}], embedded arena, {row.anchor} = 1000" for row in rows.itertuples()])
+    if endless := int((~np.isfinite(found[found.arm.isin(arms)].elo)).sum()):
+        ax.text(0.5, 0.02, f"{endless} not finite", transform=ax.transAxes, ha="center", fontsize=7)
     return bool(arms)
 
 

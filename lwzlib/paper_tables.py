@@ -4,6 +4,7 @@ The first column, `source`, is `published` or `measured`; a cell that is neither
 such a frame: published upright in black, measured in blue on a tint.
 """
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
@@ -27,7 +28,8 @@ def table_1(tables: Tables) -> pd.DataFrame:
     for arm in ("continual-pretrain-think", "base-think", "base-nothink"):
         if arm in found.index:
             end = found.loc[[arm]].iloc[-1]
-            rows.append({"source": "measured", "model": arm, "avg": f"embedded arena, Elo {_ranged(end, 'elo', 0)}"})
+            elo = _ranged(end, "elo", 0) if np.isfinite(end.elo) else "not finite"
+            rows.append({"source": "measured", "model": arm, "avg": f"embedded arena, Elo {elo}"})
     return pd.DataFrame(rows, columns=["source", "model", "params", *METRICS]).fillna("")
 
 

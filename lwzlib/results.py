@@ -89,8 +89,8 @@ class Published(BaseModel):
     note: str | None
 
 
-_KINDS = {"_held_out": (HeldOutRow, ["arm", "seed", "phase", "step", "id"]), "_mixture": (MixtureRow, ["arm", "seed", "source"]),
-          "": (RlRow, ["arm", "seed", "step"])}
+_KINDS = {"_held_out": (HeldOutRow, ["arm", "seed", "phase", "step", "id"]),
+          "_mixture": (MixtureRow, ["arm", "seed", "source"]), "": (RlRow, ["arm", "seed", "step"])}
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def embedded_elo(held_out: pd.DataFrame) -> pd.DataFrame:
     judged = judgments(held_out)
     columns = ["arm", "step", "elo", "low", "high", "seeds", "seed_low", "seed_high", "anchor"]
     if judged.empty:
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame({name: pd.Series(dtype=object if name in ("arm", "anchor") else float) for name in columns})
     names = elo.players(judged)[0]
     anchor = ANCHOR if ANCHOR in names else names[0]
     found = elo.ratings(judged, anchor).table
