@@ -141,11 +141,8 @@ def interactive(figure: Figure, name: str, title: str) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def numbers(exhibit: Exhibit, tables: Tables) -> pd.DataFrame:
-    """What an exhibit draws, as text: for those who cannot see it or want to copy it."""
-    if exhibit.is_table:
-        return exhibit.make(tables)
-    figure = draw(exhibit, tables)
+def numbers(figure: Figure) -> pd.DataFrame:
+    """What a figure shows, a row a point: for those who cannot see it, or want to copy it."""
     said = [(artist.shown_as[0], tip) for artist in figure.findobj(lambda artist: hasattr(artist, "shown_as"))
             for tip in dict.fromkeys(artist.shown_as[1])]
     return pd.DataFrame(said, columns=["source", "what"])

@@ -1,4 +1,5 @@
-"""`report.html`: one self-contained page for a run folder; curves, mixture, samples, recipe, stages and provenance."""
+"""`report.html`: one self-contained page for one run folder; curves, mixture, samples, recipe, stages and provenance. All
+runs beside the paper are in `page`."""
 
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from lwzlib import figures
 from lwzlib import recipe as recipes
+from lwzlib.overlap import find_overlap
 from lwzlib.runs import RunError, read_rows, write_atomic
 from lwzlib.text import parse
 
@@ -20,8 +22,7 @@ def write(folder: str | Path) -> Path:
     if not folder.is_dir():
         raise RunError(f"no run folder {folder}; `lwz run nano` makes runs/nano")
     table, held_out, asked = figures.run_table(folder), figures.held_out_table(folder), _asked(folder)
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = environment.get_template("report.html.j2").render(
+    page = template("report.html.j2").render(
         title=folder.name, quarters=figures.quarters(table).to_dict("records") if len(table) else [],
         curves=figures.svg(figures.panel(table)) if len(table) else "", samples=_samples(held_out),
         rewards=figures.REWARDS, judge=_judge(folder), pretrained=_pretrained(folder), heldout=_means(held_out),
@@ -30,6 +31,23 @@ def write(folder: str | Path) -> Path:
         asked=asked, departures=_departures(asked), stages=_stages(folder))
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+def template(name: str) -> jinja2.Template:
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(name)
+
+
+def cut(row: dict, near_duplicate: float = 0.6) -> dict:
+    """A row with a completion, cut for the pages: plan, and the answer in parts (text, whether it repeats an earlier
+    passage or the plan by its wording; what repeats by its meaning is not marked)."""
+    parsed, parts, end = parse(row["completion"], "think"), [], 0
+    found = find_overlap(parsed.answer, near_duplicate, parsed.plan)
+    for i, passage in enumerate(found.passages):
+        start = parsed.answer.index(passage, end)
+        parts += [(parsed.answer[end:start], False), (passage, i in found.lexical)]
+        end = start + len(passage)
+    parts += [(parsed.answer[end:], False)]
+    return row | {"plan": parsed.plan, "parts": [part for part in parts if part[0]]}
 
 
 def _judge(folder: Path) -> dict:
@@ -75,9 +93,8 @@ def _samples(held_out: pd.DataFrame, queries: int = 6) -> list[dict]:
     shown: dict[str, dict] = {}
     for _, rows in held_out.groupby(["arm", "phase"], sort=False):
         for row in (row.dropna().to_dict() for _, row in rows.head(queries).iterrows()):
-            cut = parse(row["completion"], "think")
             entry = shown.setdefault(row["id"], {"query": row["query"], "word_range": row["word_range"], "texts": []})
-            entry["texts"].append(row | {"plan": cut.plan, "answer": cut.answer})
+            entry["texts"].append(cut(row))
     return list(shown.values())
 
 

@@ -19,10 +19,11 @@ def held_out(seeds=(0, 1, 2), arms=ARMS) -> pd.DataFrame:
             for phase, step, mean in phases if algorithm == "grpo" else (phases[0], phases[2]):
                 for query in range(QUERIES):
                     noise = ((7 * query + 3 * seed + len(arm) + 5 * step) % 11 - 5) / 2
-                    rows.append({**ABOUT, "arm": arm, "algorithm": algorithm, "start": start, "seed": seed,
-                                 "judge": f"judge-of-seed-{seed}", "phase": phase, "id": f"q{query}",
-                                 "step": step if algorithm == "grpo" else None, "length": 0.5 + noise / 5, "writing": mean + noise, "format": 0.9,
-                                 "think_words": 9, "answer_words": 60, "truncated": query == 0})
+                    rows.append({
+                        **ABOUT, "arm": arm, "algorithm": algorithm, "start": start, "seed": seed, "phase": phase,
+                        "judge": f"judge-of-seed-{seed}", "step": step if algorithm == "grpo" else None, "id": f"q{query}",
+                        "length": 0.5 + noise / 5, "writing": mean + noise, "format": 0.9, "think_words": 9,
+                        "answer_words": 60, "truncated": query == 0})
     return pd.DataFrame(rows).astype({"step": "Int64"}).round(4)
 
 
