@@ -28,7 +28,7 @@ def write(tables: Tables, folder: Path, runs: Path = Path("runs")) -> Path:
         settings=[(setting, _shown(tables.of(setting), setting)) for setting in exhibits.settings(tables)],
         entries=[(entry, claims.reason(entry)) for entry in entries], rule=claims.__doc__.partition("\n\n")[2], runs=found,
         rewards=figures.REWARDS, labels=figures.LABELS, compared=_COMPARED, spans=spans,
-        data=json.dumps(data, sort_keys=True, allow_nan=False).replace("<", "\\u003c"))
+        data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
     write_atomic(folder / "index.html", page)
     return folder / "index.html"
 

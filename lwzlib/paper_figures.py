@@ -165,13 +165,13 @@ def _curves(table: pd.DataFrame, ax: Axes, column: str) -> None:
                 f"{LABELS.get(column, column)} {row[column]:.3g}" for row in rows.to_dict("records")]
         tag(ax.plot(rows.step, rows[column], marker, color=colour, alpha=0.3, markersize=2.5)[0], "measured", tips)
         smooth = rows.pivot(index="step", columns="seed", values=column).rolling(WINDOW, center=True, min_periods=1).mean()
-        runs = f"{arm}, seeds {', '.join(map(str, smooth))}"
+        every, runs = max(1, len(smooth) // 4), f"{arm}, {made_by(rows)}"
         if smooth.shape[1] > 1:
             tag(ax.fill_between(smooth.index, smooth.min(axis=1), smooth.max(axis=1), color=colour, alpha=0.18, linewidth=0),
                 "measured", [f"{runs}: range of the seeds"])
-        tag(ax.plot(smooth.index, smooth.mean(axis=1), dash, color=colour, marker=marker, markersize=4,
-                    markevery=max(1, len(smooth) // 4))[0], "measured",
-            [f"{runs}: mean over {WINDOW} steps, {value:.3g}" for value in smooth.mean(axis=1)[::max(1, len(smooth) // 4)]])
+        tag(ax.plot(smooth.index, smooth.mean(axis=1), dash, color=colour, marker=marker, markersize=4, markevery=every)[0],
+            "measured", [f"{runs}: mean over {WINDOW} steps around step {step}, {value:.3g}"
+                         for step, value in smooth.mean(axis=1)[::every].items()])
     ax.set_ylabel({"answer_words_not_truncated": "whole answers,\nwords"}.get(column, LABELS.get(column, column)))
     ax.xaxis.get_major_locator().set_params(integer=True)
     if column == "length":
@@ -204,28 +204,30 @@ def _two_scales(tables: Tables, ax: Axes, arms, xlabel: str) -> Axes:
 def _elo_lines(tables: Tables, ax: Axes, arms) -> bool:
     """Elo of the embedded arena over the share of the training (SFT has its two ends); whether any arm was there."""
     found = tables.elo
-    commits, arms = tables.held_out.groupby("arm").commit.first(), [arm for arm in arms if arm in set(found.arm)]
+    arms = [arm for arm in arms if arm in set(found.arm)]
     for i, arm in enumerate(arms):
         (colour, dash, marker), rows = ARMS[arm], found[(found.arm == arm) & np.isfinite(found.elo)]
+        about = f"{arm}, {made_by(tables.held_out[tables.held_out.arm == arm])}"
         at = 100 * rows.step.fillna(np.inf) / rows.step.max() if rows.step.max() > 0 else 100.0 * rows.step.isna()
         at = at.clip(0, 100) + 2 * (i - (len(arms) - 1) / 2)  # beside each other, not on top
         if rows.seed_low.notna().any():
             tag(ax.fill_between(at, rows.seed_low, rows.seed_high, color=colour, alpha=0.18, linewidth=0), "measured",
-                [f"{arm}: range of the ratings of {rows.seeds.iloc[0]} seeds"])
+                [f"{about}: range of the seeds' own ratings"])
         bars = ax.errorbar(at, rows.elo, yerr=[rows.elo - rows.low, rows.high - rows.elo], fmt="none", ecolor=colour,
                            elinewidth=0.8, alpha=0.6)
-        tag(bars.lines[2][0], "measured", [f"{arm}: 95% interval over queries"])
+        tag(bars.lines[2][0], "measured", [f"{about}: 95% interval over queries"])
         tag(ax.plot(at, rows.elo, dash, color=colour, marker=marker, markersize=4.5)[0], "measured",
-            [f"{arm}, {seeds_of(tables.held_out)}, commit {commits[arm][:9]}: "
-             f"{'after SFT' if pd.isna(row.step) else f'step {row.step:.0f}'}, Elo {row.elo:.0f} "
+            [f"{about}: {'after SFT' if pd.isna(row.step) else f'step {row.step:.0f}'}, Elo {row.elo:.0f} "
              f"[{row.low:.0f}, {row.high:.0f}], embedded arena, {row.anchor} = 1000" for row in rows.itertuples()])
     if endless := int((~np.isfinite(found[found.arm.isin(arms)].elo)).sum()):
         ax.text(0.5, 0.02, f"{endless} not finite", transform=ax.transAxes, ha="center", fontsize=7)
     return bool(arms)
 
 
-def seeds_of(table: pd.DataFrame) -> str:
-    return f"seed{'s' * (table.seed.nunique() > 1)} {', '.join(map(str, sorted(set(table.seed))))}"
+def made_by(table: pd.DataFrame) -> str:
+    """Seeds and commits of rows."""
+    seeds, commits = sorted(set(table.seed)), sorted({commit[:9] for commit in table.commit})
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, commit {', '.join(commits)}"
 
 
 def _last_arm(tables: Tables) -> tuple[str, list[tuple[str, dict]]]:
@@ -243,7 +245,7 @@ def _last_arm(tables: Tables) -> tuple[str, list[tuple[str, dict]]]:
 def _win_bar(ax: Axes, place: float, pair: dict, tables: Tables) -> None:
     counts = [pair[name] for name in ("wins", "ties", "losses")]
     total, left = sum(counts), 0.0
-    about = f"{seeds_of(tables.held_out)}, commit {tables.held_out.commit.iloc[0][:9]}"
+    about = made_by(tables.held_out)
     for (name, colour, hatch), count in zip(_OUTCOMES, counts, strict=True):
         bar = ax.barh(place, 100 * count / total, left=left, height=0.62, color=colour, hatch=hatch, edgecolor="white")[0]
         tag(bar, "measured", [f"{name}: {count} of {total} judgments by the Writing RM; {about}"])

@@ -1,0 +1,149 @@
+"""The kit's page in a real browser, at the width of a phone and of a laptop, and from rows that are not there."""
+
+import json
+import re
+
+import browser
+import made_results as made
+import pytest
+import yaml
+from polling import until
+
+from lwzlib import exhibits, page, results
+from lwzlib.runs import write_rows
+
+LOOP = "The same sentence stands here again. " * 3
+
+
+def run_folder(folder, fingerprint):
+    """What `lwz run` leaves of one arm: rows, completions and samples."""
+    arm = folder / "base-think"
+    for stage in ("grpo", "samples-before", "samples-after"):
+        (arm / stage).mkdir(parents=True)
+        (arm / stage / "status.json").write_text(json.dumps({"fingerprint": fingerprint, "state": "finished"}))
+        (arm / stage / "recipe.yaml").write_text(yaml.safe_dump(
+            {"seed": 0, "model": {"name": "kit:tiny"}, "inputs": {"algorithm": "grpo", "start": "base"}, "grpo": {"steps": 3}}))
+        (arm / stage / "provenance.json").write_text(json.dumps(
+            {"commit": made.ABOUT["commit"], "hardware": "a desk", "versions": {"torch": "9.9"}}))
+    text = {"completion": f"<think>Plan <script>window.hacked=1</script></think><answer>First a thing. {LOOP}</answer>",
+            "answer_words": 21, "think_words": 2, "length": 0.5, "writing": 1.0, "format": 0.4, "truncated": False}
+    write_rows(arm / "grpo" / "metrics.jsonl", [{"step": i, "length": 0.1 * i} for i in (1, 2, 3)])
+    write_rows(arm / "grpo" / "completions.jsonl", [{"step": i, "id": "q0", "advantage": 0.1} | text for i in (1, 2, 3) * 6])
+    for phase in ("before", "after"):
+        write_rows(arm / f"samples-{phase}" / "samples.jsonl", [{"step": 1, "id": "q0", "query": "Why rain?"} | text])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """The page of two settings, one of whose runs, and one other, is on this machine."""
+    root = tmp_path_factory.mktemp("page")
+    made.write(root / "rows", rl=made.rl(), held_out=made.held_out())
+    made.write(root / "rows", "gpu", rl=made.rl((0,)).assign(fingerprint="f" * 16))
+    run_folder(root / "runs" / "gpu", "f" * 16)
+    run_folder(root / "runs" / "mine", "a" * 16)
+    return page.write(results.read(root / "rows"), root / "out", root / "runs")
+
+
+@pytest.fixture
+def tab(tmp_path, request):
+    browser.required()
+    with browser.page(tmp_path, tmp_path) as found:
+        yield found
+
+
+def test_page_is_one_file_under_5_mb(shown):
+    said = shown.read_text()
+    assert len(said) < 5_000_000 and "<script>window.hacked" not in said
+    assert not re.search(r"""\s(src|href)=["'](?!#)""", said), "it must need no other file"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_every_exhibit_is_there_and_nothing_fails(tab, shown, width):
+    tab.size(width)
+    tab.open(shown.as_uri())
+    assert tab.js("document.documentElement.scrollWidth - innerWidth") <= 0, "the page scrolls sideways"
+    seen = tab.js("""[...document.querySelectorAll('.exhibits:not([hidden]) .exhibit')].map(e => [e.dataset.exhibit,
+        e.querySelector('svg, table').getBoundingClientRect().width, e.getBoundingClientRect().right])""")
+    assert [name for name, *_ in seen] == list(exhibits.EXHIBITS)
+    assert all(wide > 200 and right <= width for _, wide, right in seen if wide), seen
+    claims = tab.js("[...document.querySelectorAll('[data-claim]')].map(e => e.querySelector('.verdict').textContent)")
+    assert len(claims) > 17 and set(claims) <= {"supported", "not supported", "inconclusive", "not run"}
+    assert tab.js("window.hacked") is None and not tab.errors
+    nodes = [n for n in tab.call("Accessibility.getFullAXTree")["nodes"] if not n["ignored"]]
+    roles = ("checkbox", "combobox", "button", "region", "image", "figure", "DisclosureTriangle")
+    unnamed = [n["role"]["value"] for n in nodes if n["role"]["value"] in roles and not n["name"]["value"]]
+    assert not unnamed, unnamed
+
+
+def test_each_points_tooltip_names_its_run_by_pointer_and_by_keyboard(tab, shown):
+    tab.size(1280)
+    tab.open(shown.as_uri())
+    tips = tab.js("[...document.querySelectorAll('.measured [data-point] title, .measured[data-point] title')]"
+                  ".map(t => t.textContent)")
+    assert len(tips) > 300
+    assert all(re.search(r"seeds? \d.*commit [0-9a-f]{9}", tip) for tip in tips)
+    assert all(sum(tip.startswith(f"{arm}, ") for tip in tips) > 2 for arm in made.ARMS)
+    at = tab.js("""(() => { const p = document.querySelector('[data-exhibit=figure_3] .measured use');
+        p.scrollIntoView({block: 'center'}); const b = p.getBoundingClientRect();
+        return [b.x + b.width / 2, b.y + b.height / 2] })()""")
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=at[0], y=at[1])
+    until(lambda: "commit" in tab.js("document.getElementById('tip').textContent"), "the tooltip")
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    until(lambda: tab.js("document.getElementById('tip').hidden"), "its end")
+    tab.js("document.querySelector('[data-exhibit=figure_2] figure').focus()")
+    tab.key("ArrowRight")
+    first = tab.js("document.getElementById('tip').textContent")
+    tab.key("ArrowRight")
+    second = tab.js("document.getElementById('tip').textContent")
+    assert first != second and "commit" in second and not tab.js("document.getElementById('tip').hidden")
+
+
+def test_toggles_hide_what_they_name(tab, shown):
+    tab.open(shown.as_uri())
+    def visible(kind):
+        return tab.js(f"[...document.querySelectorAll('.exhibits:not([hidden]) .{kind}')]"
+                      ".filter(e => e.getClientRects().length).length")
+    before = visible("published"), visible("measured")
+    tab.js("document.getElementById('published').click()")
+    assert visible("published") == 0 and visible("measured") == before[1] > 50
+    tab.js("document.getElementById('published').click(); document.getElementById('measured').click()")
+    assert (visible("published"), visible("measured")) == (before[0], 0)
+
+
+def test_setting_completions_and_comparison(tab, shown):
+    tab.open(shown.as_uri())
+    tab.js("const s = document.getElementById('setting'); s.selectedIndex = 1; s.onchange()")
+    assert tab.js("document.querySelector('.exhibits:not([hidden])').dataset.setting") == "gpu"
+    runs = tab.js("[...document.querySelectorAll('details.run')].map(d => [d.querySelector('summary').textContent,"
+                  " d.querySelectorAll('article').length, d.querySelectorAll('mark').length])")
+    of = {said.split(" · ")[0]: (articles, marks) for said, articles, marks in runs}
+    assert of["gpu: base-think, seed 0"] == (14, 28), "4 completions of 3 steps, 2 samples, each with two repeats"
+    assert of["runs/mine, not committed: base-think, seed 0"] == (14, 28) and of["nano: base-think, seed 0"] == (0, 0)
+    assert len(of) == 3 * 3 + 2 * 3 + 3 + 1
+    assert not tab.js("document.querySelector('.run article details').open"), "the plan is folded"
+    text = tab.js("document.getElementById('difference').textContent")
+    assert "first (solid): nano: base-nothink, seed 0" in text and "second less first" in text
+    tab.js("document.getElementById('two').selectedIndex = 3; document.getElementById('two').onchange()")
+    assert tab.js("document.getElementById('difference').textContent") != text
+    assert tab.js("document.querySelectorAll('#plot polyline').length") == 2 and not tab.errors
+
+
+def test_without_rows_the_page_says_so(tab, tmp_path):
+    tab.open(page.write(results.read(tmp_path / "none"), tmp_path / "out", tmp_path / "no-runs").as_uri())
+    said = tab.js("document.body.innerText")
+    assert "No run: not run here." in said and "It takes two runs: not run here." in said and not tab.errors
+    assert set(tab.js("[...document.querySelectorAll('.verdict')].map(e => e.textContent)")) == {"not run"}
+    assert tab.js("[...document.querySelectorAll('.exhibit')].every(e => e.textContent.includes('not run here'))")
+
+
+def test_texts_that_would_make_it_too_large_are_left_out_and_counted(tmp_path):
+    arm = run_folder(tmp_path / "mine", "a" * 16) / "base-think"
+    assert len(page.completions(arm, 10**6)[0]) == 14
+    kept, left_out = page.completions(arm, 1000)
+    assert 0 < len(kept) < 14 and len(kept) + left_out == 14
+
+
+def test_same_rows_same_bytes(shown):
+    root = shown.parent.parent
+    assert page.write(results.read(root / "rows"), root / "again", root / "runs").read_bytes() == shown.read_bytes()
