@@ -242,6 +242,11 @@ def export(run_dirs: list[Path], to: Path = Path("figures/results/nano.csv")):
         raise typer.BadParameter(f"no GRPO rows in {', '.join(map(str, run_dirs))}")
     table.round(4).to_csv(to, index=False)
     out.print(f"{to}: {len(table)} rows", highlight=False)
+    from lwzlib.results import mixture_rows
+
+    mixture = pd.concat([mixture_rows(folder) for folder in run_dirs], ignore_index=True)
+    if len(mixture):
+        mixture.round(4).to_csv(to.with_stem(f"{to.stem}_mixture"), index=False)
 
 
 @app.command()

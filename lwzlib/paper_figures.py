@@ -59,6 +59,8 @@ def figure_2(tables: Tables, ax: Axes) -> Axes:
                       transform=parts[0].transAxes)
         low, high = parts[0].get_ylim()
         parts[0].set_ylim(bottom=low - 0.4 * (high - low))  # room for the words
+        if not len(parts[0].get_yticks()):
+            parts[0].set_yticks([0])
     return _legend(ax, RL_ARMS, tables)
 
 
@@ -114,14 +116,14 @@ def figure_5(tables: Tables, ax: Axes) -> Axes:
 def figure_6(tables: Tables, ax: Axes) -> Axes:
     """Length of the plan over RL steps, on a logarithmic scale: the published plateau is a hundred times higher."""
     plans = tables.rl[tables.rl.arm.isin(RL_ARMS[1:])]
-    ax.set_yscale("log")
+    ax.set_yscale("symlog", linthresh=1)  # a plan may be empty
     low, high = (_numbers(tables, "Figure 6", f"plateau_{end}").value.squeeze() for end in ("low", "high"))
     tip = f"published: plateau of about {low:,.0f} to {high:,.0f} think tokens; continual pretraining longer"
     tag(ax.axhspan(low, high, facecolor="none", edgecolor="black", hatch="////", linewidth=0.6), "published", [tip])
     ax.annotate("published plateau", (0.97, low), (0, -4), xycoords=ax.get_yaxis_transform(), textcoords="offset points",
                 ha="right", va="top", fontsize=7)
     _curves(plans, ax, "think_tokens")
-    ax.set(xlabel="RL step", ylim=(5, 9000))
+    ax.set(xlabel="RL step", ylim=(0, 9000))
     return _legend(ax, RL_ARMS[1:], tables)
 
 
@@ -181,7 +183,7 @@ def _curves(table: pd.DataFrame, ax: Axes, column: str) -> None:
     else:
         ax.text(0.5, 0.5, NOT_RUN, transform=ax.transAxes, ha="center", va="center")
         ax.set(xlim=(0, 1), xticks=[])
-        if ax.get_yscale() != "log":
+        if ax.get_yscale() == "linear":
             ax.set(ylim=(-1, 3), yticks=[])
 
 

@@ -10,13 +10,16 @@ Writing RM that the arms were trained on. So it shows what they learnt, not how 
 
 import csv
 import functools
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lwzlib import figures
 from lwzlib.data import DataError, validated
 from lwzlib.evaluate import arena, elo
 
@@ -153,6 +156,20 @@ def _checked(path: Path, kind: type[BaseModel], key: list[str]) -> pd.DataFrame:
 def _joined(tables: list[pd.DataFrame], kind: type[BaseModel]) -> pd.DataFrame:
     tables = [table for table in tables if len(table)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*kind.model_fields, "setting"])
+
+
+def mixture_rows(folder: Path) -> pd.DataFrame:
+    """What a run folder's `pack` drew from each source, in the committed form; empty if nothing was packed."""
+    pack = Path(folder) / "pack"
+    table = figures.mixture_table(pack)
+    if table.empty:
+        return table
+    made, status = (json.loads((pack / f"{name}.json").read_text()) for name in ("provenance", "status"))
+    asked = yaml.safe_load((pack / "recipe.yaml").read_text())
+    about = {"model": asked["model"]["name"], "arm": "continual-pretrain", "seed": asked["seed"],
+             "fingerprint": status["fingerprint"], "commit": made["commit"], "hardware": made["hardware"],
+             "versions": " ".join(f"{name} {v}" for name, v in made["versions"].items())}
+    return table.assign(**about)[[*about, *table.columns]]
 
 
 def judgments(held_out: pd.DataFrame) -> pd.DataFrame:

@@ -59,7 +59,7 @@ def test_verdicts_change_when_rows_change(tmp_path):
         "averaging", "beats-100b", "kl-beta", "plan-cap", "length-hacking", "dilution", "judge-bias"}
     turned = made.held_out()
     turned["writing"] = -turned.writing
-    falling = made.rl().assign(writing=lambda t: -t.writing, think_tokens=lambda t: 10 * 1.5**t.step)
+    falling = made.rl().assign(writing=lambda t: -t.writing, think_tokens=lambda t: 10 * 2 ** ((t.step + 1) // 2))
     found = verdicts(tables(tmp_path, rl=falling, held_out=turned))
     assert found["cpt-starts-higher"] == found["rl-beats-sft"] == found["rewards-rise"] == "not supported"
     assert found["plan-saturates"] == "not supported"

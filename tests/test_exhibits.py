@@ -117,6 +117,18 @@ def test_every_measured_point_names_arm_seed_and_commit(tables):
         assert len(points) > 7 and all("seed" in tip and "commit 012345678" in tip for tip in points), name
 
 
+def test_an_empty_plan_and_a_player_who_never_lost_are_drawn_or_named(tables):
+    rl = made.rl().assign(setting="nano", think_tokens=lambda t: t.step % 2 * 40)
+    held_out = made.held_out().assign(setting="nano")
+    held_out.loc[(held_out.arm == "base-think") & (held_out.phase == "after"), "writing"] = 99.0
+    of = results.Tables(tables.published, rl, held_out, tables.mixture)
+    svg = {name: exhibits.interactive(exhibits.draw(exhibits.EXHIBITS[name], of), name, "t") for name in ("figure_3", "figure_6")}
+    assert "1 not finite" in svg["figure_3"] and "base-think, seeds 0, 1, 2, commit 012345678: step 4" in svg["figure_3"]
+    assert svg["figure_6"].count("plan, tokens 0<") == svg["figure_6"].count("plan, tokens 40<") == 24
+    table = exhibits.EXHIBITS["table_1"].make(of).set_index("model").avg
+    assert table["base-think"] == "embedded arena, Elo not finite" and "inf" not in table["base-nothink"]
+
+
 def test_one_seed_has_no_band_and_three_have_their_range(tables):
     one = results.Tables(tables.published, tables.rl[tables.rl.seed == 0], tables.held_out[tables.held_out.seed == 0],
                          tables.mixture).of("nano")

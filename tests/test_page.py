@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import browser
 import made_results as made
@@ -10,6 +12,7 @@ import yaml
 from polling import until
 
 from lwzlib import exhibits, page, results
+from lwzlib.pipeline import NOTEBOOKS
 from lwzlib.runs import write_rows
 
 LOOP = "The same sentence stands here again. " * 3
@@ -147,3 +150,30 @@ def test_texts_that_would_make_it_too_large_are_left_out_and_counted(tmp_path):
 def test_same_rows_same_bytes(shown):
     root = shown.parent.parent
     assert page.write(results.read(root / "rows"), root / "again", root / "runs").read_bytes() == shown.read_bytes()
+
+
+def test_figures_and_claims_by_command(tmp_path):
+    rows = made.write(tmp_path / "rows", rl=made.rl((0,)))
+
+    def lwz(*words):
+        return subprocess.run([sys.executable, "-m", "lwzlib.cli", *map(str, words)], capture_output=True, text=True)
+    done = lwz("figures", "--results", rows, "--folder", tmp_path / "out", "--runs", tmp_path)
+    assert done.returncode == 0 and "index.html" in done.stdout, done.stderr
+    assert (tmp_path / "out" / "figure_2_nano.pdf").exists()
+    done = lwz("claims", "--results", rows, "--markdown")
+    assert done.returncode == 0 and "one seed, so no interval over seeds | **inconclusive** |" in done.stdout, done.stderr
+    (rows / "nano.csv").write_text((rows / "nano.csv").read_text().replace(made.ABOUT["commit"], "lost", 1))
+    done = lwz("figures", "--results", rows, "--folder", tmp_path / "out")
+    assert done.returncode == 1 and done.stderr.startswith("lwz: ") and "nano.csv, line 2: commit = 'lost'" in done.stderr
+
+
+@pytest.mark.parametrize("rows", [None, {"rl": made.rl(), "held_out": made.held_out()}], ids=["none", "three seeds"])
+def test_notebook_of_the_figures_runs_with_and_without_rows(tmp_path, rows):
+    import papermill
+
+    folder = made.write(tmp_path / "rows", **rows or {})
+    papermill.execute_notebook(NOTEBOOKS / "10_paper_figures.ipynb", tmp_path / "out.ipynb", {"results_dir": str(folder)},
+                               kernel_name="python3", cwd=NOTEBOOKS, progress_bar=False)
+    said = (tmp_path / "out.ipynb").read_text()
+    assert said.count('"image/svg+xml"') == 6 and "line 2: commit = None" in said
+    assert ("over 3 seeds" in said) == bool(rows) and ("nano: not run here" in said) == (not rows)

@@ -1,12 +1,16 @@
 """Every number has its source: published rows their exhibit and confidence, own rows what made them."""
 
+import json
+
 import made_results as made
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
-from lwzlib import recipe, results
+from lwzlib import exhibits, recipe, results
 from lwzlib.data import DataError
+from lwzlib.runs import write_rows
 
 
 def test_every_committed_row_says_what_made_it():
@@ -86,3 +90,20 @@ def test_elo_equals_an_independent_fit():
     table["writing"] = np.where((table.phase == "after") == wins, 2.0, 1.0)
     after = results.embedded_elo(table).set_index("step").elo[float(made.STEPS)]
     assert after == pytest.approx(1000 + 400 * np.log10(9 / 3), abs=1e-6)
+
+
+def test_mixture_of_a_run_is_exported_with_its_provenance(tmp_path):
+    pack = tmp_path / "run" / "pack"
+    pack.mkdir(parents=True)
+    assert results.mixture_rows(tmp_path / "run").empty
+    (pack / "recipe.yaml").write_text(yaml.safe_dump({
+        "seed": 4, "model": {"name": "kit:tiny"}, "pretrain": {"cot_token_fraction": 0.2}, "inputs": {},
+        "corpus": {"sources": [{"at": "a", "language": "en", "weight": 1.0}]}}))
+    (pack / "status.json").write_text(json.dumps({"fingerprint": "a" * 16}))
+    (pack / "provenance.json").write_text(json.dumps({"commit": "b" * 40, "hardware": "a desk", "versions": {"torch": "9"}}))
+    write_rows(pack / "shards.jsonl", [{"sequences": 1, "padding": 0, "tokens": {"a (en)": 80, "cot": 20}, "epochs": {}}])
+    made.write(tmp_path / "rows", "mine", mixture=results.mixture_rows(tmp_path / "run"))
+    found = results.read(tmp_path / "rows").mixture.set_index("source")
+    assert found.tokens.to_dict() == {"a (en)": 80, "cot": 20} and set(found.seed) == {4} and set(found.setting) == {"mine"}
+    table = exhibits.EXHIBITS["table_2"].make(results.read(tmp_path / "rows").of("mine"))
+    assert table[table.source == "measured"].share.tolist() == ["80.0%", "20.0%"]
