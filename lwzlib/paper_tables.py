@@ -82,8 +82,7 @@ def table_5(tables: Tables) -> pd.DataFrame:
 def draw(table: pd.DataFrame, ax: Axes) -> Axes:
     """Set a frame of text between three rules. A cell may run over the empty ones to its right."""
     shown = table.drop(columns="source")
-    chars = [max([len(str(name)), *(len(cell) for cell, rest in zip(shown[name], shown.iloc[:, i + 1 :].to_numpy(), strict=True)
-                                    if any(rest) or i == len(shown.columns) - 1)]) + 1.4 for i, name in enumerate(shown)]
+    chars = [_chars(shown, i) for i in range(len(shown.columns))]
     starts, lines = [sum(chars[:i]) for i in range(len(chars))], len(shown) + 1
     size = min(7.5, 3.3 * 72 / sum(chars) / 0.56)
     ax.set(xlim=(0, sum(chars)), ylim=(lines + 0.1, -0.1))
@@ -99,6 +98,13 @@ def draw(table: pd.DataFrame, ax: Axes) -> Axes:
     for y, width in ((0, 1), (1, 0.6), (lines, 1)):
         ax.axhline(y, color="black", linewidth=width)
     return ax
+
+
+def _chars(shown: pd.DataFrame, i: int) -> float:
+    """Width of a column: its heading, which is bold, and the cells that cannot run over empty ones to their right."""
+    name, rests = shown.columns[i], shown.iloc[:, i + 1 :].to_numpy()
+    cells = [len(cell) for cell, rest in zip(shown[name], rests, strict=True) if any(rest) or not len(rest)]
+    return max([1.25 * len(name), *cells]) + 1.4
 
 
 def _kit(tables: Tables) -> str:

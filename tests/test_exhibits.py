@@ -122,7 +122,8 @@ def test_an_empty_plan_and_a_player_who_never_lost_are_drawn_or_named(tables):
     held_out = made.held_out().assign(setting="nano")
     held_out.loc[(held_out.arm == "base-think") & (held_out.phase == "after"), "writing"] = 99.0
     of = results.Tables(tables.published, rl, held_out, tables.mixture)
-    svg = {name: exhibits.interactive(exhibits.draw(exhibits.EXHIBITS[name], of), name, "t") for name in ("figure_3", "figure_6")}
+    svg = {name: exhibits.interactive(exhibits.draw(exhibits.EXHIBITS[name], of), name, "t")
+           for name in ("figure_3", "figure_6")}
     assert "1 not finite" in svg["figure_3"] and "base-think, seeds 0, 1, 2, commit 012345678: step 4" in svg["figure_3"]
     assert svg["figure_6"].count("plan, tokens 0<") == svg["figure_6"].count("plan, tokens 40<") == 24
     table = exhibits.EXHIBITS["table_1"].make(of).set_index("model").avg
@@ -138,7 +139,8 @@ def test_one_seed_has_no_band_and_three_have_their_range(tables):
         assert not bands[0] and bands[1], name
 
 
-def test_a_deleted_results_file_leaves_gaps_and_no_old_number(tmp_path):
+def test_a_deleted_results_file_leaves_gaps_and_no_old_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(exhibits, "_UNDATED", {"svg": {"Date": None}})
     folder, out = made.write(tmp_path / "rows", rl=made.rl(), held_out=made.held_out()), tmp_path / "out"
     exhibits.write(results.read(folder), out)
     assert "Elo 1" in (out / "table_1_nano.csv").read_text()
