@@ -11,6 +11,14 @@ from lwzlib.data import DataError, rows_of, validated
 from lwzlib.runs import write_rows
 from lwzlib.text import parse
 
+MATERIAL = """<request>
+{query}
+</request>
+
+<response>
+{response}
+</response>"""  # for a judge
+
 
 class Indexed(BaseModel):
     index: int = Field(strict=True)
