@@ -15,6 +15,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lwzlib import intervals
 from lwzlib.runs import RunError, read_rows
 
 matplotlib.rcParams.update({"svg.hashsalt": "lwzlib", "svg.fonttype": "none", "font.size": 9,
@@ -91,20 +92,10 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
         for arm, rows in table.groupby("arm", sort=False):
             pairs = rows.pivot(index="id", columns="phase", values=reward).reindex(columns=["before", "after"]).dropna()
             if len(pairs):
-                difference, low, high = interval(pairs.after - pairs.before)
+                difference, low, high = intervals.mean(pairs.after - pairs.before)
                 out.append({"arm": arm, "reward": reward, "queries": len(pairs), "before": pairs.before.mean(),
                             "after": pairs.after.mean(), "difference": difference, "low": low, "high": high})
     return pd.DataFrame(out)
-
-
-def interval(values) -> tuple[float, float, float]:
-    """Mean and its 95% bootstrap interval (5,000 seeded resamples); of fewer than two values the ends are NaN."""
-    from scipy.stats import bootstrap
-
-    low, high = np.nan, np.nan
-    if len(values) > 1:
-        low, high = bootstrap((values,), np.mean, n_resamples=5000, method="percentile", rng=0).confidence_interval
-    return float(np.mean(values)), float(low), float(high)
 
 
 def mixture_table(pack: str | Path) -> pd.DataFrame:
@@ -209,7 +200,7 @@ def held_out(table: pd.DataFrame, ax: Axes, reward: str) -> Axes:
         dash = "--" if (rows.algorithm == "sft").all() else "-"
         for phase, at, fill in (("before", place - 0.17, "white"), ("after", place + 0.17, colour)):
             if len(values := rows[rows.phase == phase][reward].dropna()):
-                mean, low, high = interval(values)
+                mean, low, high = intervals.mean(values)
                 ax.plot([low, high], [at, at], linestyle=dash, color=colour, linewidth=1.4)
                 ax.plot(mean, at, marker, color=colour, markerfacecolor=fill, markersize=5.5)
     ax.set_yticks(range(len(arms)), arms)

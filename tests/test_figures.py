@@ -9,7 +9,7 @@ import yaml
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from lwzlib import figures, report
+from lwzlib import figures, intervals, report
 from lwzlib.runs import RunError, write_rows
 
 RESULTS = Path(__file__).resolve().parent.parent / "figures" / "results"
@@ -99,9 +99,9 @@ def test_interval_covers_the_true_mean_about_as_often_as_it_says():
     import numpy as np
 
     random = np.random.default_rng(0)
-    ends = [figures.interval(random.normal(2, 1, 40))[1:] for _ in range(60)]
+    ends = [intervals.mean(random.normal(2, 1, 40))[1:] for _ in range(60)]
     assert 0.85 <= np.mean([low < 2 < high for low, high in ends]) <= 1
-    assert np.isnan(figures.interval([0.5])[1:]).all(), "one value has no interval"
+    assert np.isnan(intervals.mean([0.5])[1:]).all(), "one value has no interval"
 
 
 def packed(folder, fraction, shards):

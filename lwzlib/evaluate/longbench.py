@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, Field
 
-from lwzlib import llm, models
+from lwzlib import intervals, llm, models
 from lwzlib.data import DataError, rows_of, validated
 from lwzlib.evaluate import shared
 from lwzlib.evaluate.shared import Indexed, indexed
@@ -181,8 +181,8 @@ def table(bench: dict[int, Item], answers: dict[int, str], judgments: dict[int, 
     rows = []
     for (scope, name), group in _parts(bench).items():
         for measure in ("S_l", "S_q", "S", *DIMENSIONS):
-            had = [(measures[index][measure], 1) for index in group if measure in measures[index]]
-            score, low, high = shared.ratio(had, resamples)
+            had = [measures[index][measure] for index in group if measure in measures[index]]
+            score, low, high = intervals.mean(had, resamples)
             rows.append({"scope": scope, "name": name, "measure": measure, "of": len(group), "prompts": len(had),
                          "score": score, "low": low, "high": high})
     return pd.DataFrame(rows)

@@ -16,7 +16,7 @@ from typing import Annotated
 import pandas as pd
 from pydantic import BaseModel, Field, field_validator
 
-from lwzlib import llm
+from lwzlib import intervals, llm
 from lwzlib.data import DataError
 from lwzlib.evaluate import shared
 from lwzlib.evaluate.shared import Indexed, indexed
@@ -202,7 +202,7 @@ def table(bench: dict[int, Item], judgments: dict[int, Judgments], required: dic
         for scope, name, group, measure in _parts(mine, required or {}):
             lists = [[given.get((index, criterion), []) for criterion in names] for index, names in group.items()]
             measured = [measure([each for each in query if each]) for query in lists if any(query)]
-            score, low, high = shared.ratio(measured, resamples)
+            score, low, high = intervals.ratio(*zip(*measured, strict=True) if measured else ((), ()), resamples)
             rows.append({"language": language, "scope": scope, "name": name, "of": len(group), "queries": len(measured),
                          "missing": sum(not each for query in lists for each in query), "score": score,
                          "leaderboard": 10 * score, "low": low, "high": high})
