@@ -98,8 +98,7 @@ def config(recipe: Recipe, run: Run, components: list[str]) -> GRPOConfig:
         gradient_accumulation_steps=completions // (grpo.micro_batch_completions * processes),
         max_completion_length=grpo.sampling.max_new_tokens, temperature=grpo.sampling.temperature,
         top_p=grpo.sampling.top_p, reward_weights=[getattr(recipe.reward.weights, name) for name in components],
-        save_strategy="steps", save_steps=grpo.checkpoint_every_steps, save_total_limit=2, remove_unused_columns=False,
-        **train.arguments(recipe, run))
+        remove_unused_columns=False, **train.checkpoints(grpo.checkpoint_every_steps), **train.arguments(recipe, run))
 
 
 def dataset(recipe: Recipe, style: str, tokenizer) -> Dataset:
@@ -125,21 +124,20 @@ def trainer(recipe: Recipe, run: Run, arm: str, start: str, writing_rm: str = ""
         train_dataset=dataset(recipe, recipe.arm(arm).prompt, tokenizer), callbacks=[train.Rows(run, train.GRPO_COLUMNS)],
         peft_config=train.lora(recipe.grpo.lora),
         advantage=recipe.grpo.advantage, keep=keep)
+    grpo_trainer.add_callback(train.Snapshots(grpo_trainer, run, recipe.evaluation.every_steps))
     return grpo_trainer
 
 
 def train_arm(recipe: Recipe, run: Run, arm: str, start: str, writing_rm: str = "") -> Path:
     """GRPO on one arm; resumes from the last whole checkpoint.
 
-    Leaves `model/`, `metrics.jsonl` (a row a step) and `completions.jsonl` (what was written, capped by the recipe).
+    Leaves `model/`, `metrics.jsonl` (a row a step), `completions.jsonl` (what was written, capped by the recipe) and
+    `snapshots/<step>` of the policy (every `evaluation.every_steps`).
     """
     if run.finished:
         return run.folder / "model"
     with run.work():
-        last = run.status.get("checkpoint")
-        run.rewind(run.status.get("checkpoint_step", 0), "metrics", "completions")
+        last = train.resumed(run, "metrics", "completions")
         grpo_trainer = trainer(recipe, run, arm, start, writing_rm)
-        train.go(grpo_trainer, run.folder / "checkpoints" / last if last else None)
-        trained = grpo_trainer.accelerator.unwrap_model(grpo_trainer.model)
-        train.save(trained.merge_and_unload() if recipe.grpo.lora.rank else trained, grpo_trainer.processing_class, run)
+        train.save(train.go(grpo_trainer, last), grpo_trainer.processing_class, run)
     return run.folder / "model"

@@ -167,7 +167,7 @@ def _curves(table: pd.DataFrame, ax: Axes, column: str) -> None:
                 f"{LABELS.get(column, column)} {row[column]:.3g}" for row in rows.to_dict("records")]
         tag(ax.plot(rows.step, rows[column], marker, color=colour, alpha=0.3, markersize=2.5)[0], "measured", tips)
         smooth = rows.pivot(index="step", columns="seed", values=column).rolling(WINDOW, center=True, min_periods=1).mean()
-        every, runs = max(1, len(smooth) // 4), f"{arm}, {made_by(rows)}"
+        every, runs = max(1, len(smooth) // 4), f"{arm}, {runs_of(rows)}"
         if smooth.shape[1] > 1:
             tag(ax.fill_between(smooth.index, smooth.min(axis=1), smooth.max(axis=1), color=colour, alpha=0.18, linewidth=0),
                 "measured", [f"{runs}: range of the seeds"])
@@ -209,7 +209,7 @@ def _elo_lines(tables: Tables, ax: Axes, arms) -> bool:
     arms = [arm for arm in arms if arm in set(found.arm)]
     for i, arm in enumerate(arms):
         (colour, dash, marker), rows = ARMS[arm], found[(found.arm == arm) & np.isfinite(found.elo)]
-        about = f"{arm}, {made_by(tables.held_out[tables.held_out.arm == arm])}"
+        about = f"{arm}, {runs_of(tables.held_out[tables.held_out.arm == arm])}"
         at = 100 * rows.step.fillna(np.inf) / rows.step.max() if rows.step.max() > 0 else 100.0 * rows.step.isna()
         at = at.clip(0, 100) + 2 * (i - (len(arms) - 1) / 2)  # beside each other, not on top
         if rows.seed_low.notna().any():
@@ -226,7 +226,7 @@ def _elo_lines(tables: Tables, ax: Axes, arms) -> bool:
     return bool(arms)
 
 
-def made_by(table: pd.DataFrame) -> str:
+def runs_of(table: pd.DataFrame) -> str:
     """Seeds and commits of rows."""
     seeds, commits = sorted(set(table.seed)), sorted({commit[:9] for commit in table.commit})
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, commit {', '.join(commits)}"
@@ -247,7 +247,7 @@ def _last_arm(tables: Tables) -> tuple[str, list[tuple[str, dict]]]:
 def _win_bar(ax: Axes, place: float, pair: dict, tables: Tables) -> None:
     counts = [pair[name] for name in ("wins", "ties", "losses")]
     total, left = sum(counts), 0.0
-    about = made_by(tables.held_out)
+    about = runs_of(tables.held_out)
     for (name, colour, hatch), count in zip(_OUTCOMES, counts, strict=True):
         bar = ax.barh(place, 100 * count / total, left=left, height=0.62, color=colour, hatch=hatch, edgecolor="white")[0]
         tag(bar, "measured", [f"{name}: {count} of {total} judgments by the Writing RM; {about}"])

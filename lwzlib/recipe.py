@@ -39,6 +39,7 @@ class Recipe(q.Section):
     pretrain: q.Pretrain
     sft: q.Sft
     samples: q.Samples
+    evaluation: q.Evaluation
     arms: dict[str, q.Arm] = Field(min_length=1)
 
     @model_validator(mode="after")

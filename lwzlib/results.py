@@ -10,13 +10,11 @@ Writing RM that the arms were trained on. So it shows what they learnt, not how 
 
 import csv
 import functools
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lwzlib import figures
@@ -164,11 +162,7 @@ def mixture_rows(folder: Path) -> pd.DataFrame:
     table = figures.mixture_table(pack)
     if table.empty:
         return table
-    made, status = (json.loads((pack / f"{name}.json").read_text()) for name in ("provenance", "status"))
-    asked = yaml.safe_load((pack / "recipe.yaml").read_text())
-    about = {"model": asked["model"]["name"], "arm": "continual-pretrain", "seed": asked["seed"],
-             "fingerprint": status["fingerprint"], "commit": made["commit"], "hardware": made["hardware"],
-             "versions": " ".join(f"{name} {v}" for name, v in made["versions"].items())}
+    about = figures.made_by(pack) | {"arm": "continual-pretrain"}
     return table.assign(**about)[[*about, *table.columns]]
 
 

@@ -132,8 +132,7 @@ def train_rm(recipe: Recipe, run: Run) -> Path:
 
     asked = recipe.writing_rm
     with run.work():
-        last = run.status.get("checkpoint")
-        run.rewind(run.status.get("checkpoint_step", 0), "metrics")
+        last = train.resumed(run, "metrics")
         parts = make_pairs(recipe, run)
         m = recipe.model
         set_seed(run.seed)  # the head is new
@@ -148,14 +147,12 @@ def train_rm(recipe: Recipe, run: Run) -> Path:
             raise RunError(f"all {len(rows)} training pairs are longer than writing_rm.max_tokens = {asked.max_tokens}")
         config = RewardConfig(
             num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, lr_scheduler_type="cosine", warmup_steps=4,
-            per_device_train_batch_size=asked.batch_pairs, max_length=None, save_strategy="steps",
-            save_steps=asked.checkpoint_every_steps, save_total_limit=2, **train.arguments(recipe, run))
+            per_device_train_batch_size=asked.batch_pairs, max_length=None,
+            **train.checkpoints(asked.checkpoint_every_steps), **train.arguments(recipe, run))
         lora = train.lora(asked.lora, task_type="SEQ_CLS", modules_to_save=["score"])
         trainer = RewardTrainer(model, args=config, train_dataset=Dataset.from_list(fits), processing_class=tokenizer,
                                 peft_config=lora, callbacks=[train.Rows(run, train.RM_COLUMNS)])
-        train.go(trainer, run.folder / "checkpoints" / last if last else None)
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        trained = (trained.merge_and_unload() if lora else trained).eval()
+        trained = train.go(trainer, last).eval()
         quality = evaluate(recipe, run, trained, tokenizer, parts["heldout"])
         train.save(trained, tokenizer, run, {"writing_rm.json": {
             "identity": run.fingerprint, "frame": m.frame, "fold_layout": asked.fold_layout, "max_tokens": asked.max_tokens,

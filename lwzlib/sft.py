@@ -35,21 +35,17 @@ def train_sft(recipe: Recipe, run: Run, arm: str, start: str, distilled: Path | 
         if not run.rows("data"):
             write_rows(run.folder / "data.jsonl", _made(recipe, run.seed, distilled) if asked.data == "made" else
                        (row for _, row in data.rows_of(asked.data)))
-        last = run.status.get("checkpoint")
-        run.rewind(run.status.get("checkpoint_step", 0), "metrics")
+        last = train.resumed(run, "metrics")
         model, tokenizer = train.load(recipe, start)
         documents = [_document(recipe, recipe.arm(arm).prompt, row, f"{asked.data}, row {i}", tokenizer)
                      for i, row in enumerate(run.rows("data"), 1)]
         config = SFTConfig(
             num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, lr_scheduler_type="cosine",
             per_device_train_batch_size=asked.batch_documents, max_length=asked.max_tokens, packing=True,
-            packing_strategy="bfd", save_strategy="steps", save_steps=asked.checkpoint_every_steps, save_total_limit=2,
-            **train.arguments(recipe, run))
+            packing_strategy="bfd", **train.checkpoints(asked.checkpoint_every_steps), **train.arguments(recipe, run))
         trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(documents), processing_class=tokenizer,
                              callbacks=[train.Rows(run, train.SFT_COLUMNS)], peft_config=train.lora(asked.lora))
-        train.go(trainer, run.folder / "checkpoints" / last if last else None)
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        train.save(trained.merge_and_unload() if asked.lora.rank else trained, tokenizer, run)
+        train.save(train.go(trainer, last), tokenizer, run)
         run.update(documents=len(documents))
     return run.folder / "model"
 

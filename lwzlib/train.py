@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
 from lwzlib import models
@@ -45,10 +46,43 @@ def lora(asked: Lora, **more) -> LoraConfig | None:
     return LoraConfig(r=asked.rank, lora_alpha=asked.alpha, target_modules=asked.targets, **more) if asked.rank else None
 
 
-def go(trainer, checkpoint=None) -> None:
-    """Train without the library's own printout: `Rows` shows one line a step."""
+def checkpoints(every_steps: int) -> dict:
+    """Arguments: one every so many steps, and of them the last two."""
+    return {"save_strategy": "steps", "save_steps": every_steps, "save_total_limit": 2}
+
+
+def resumed(run: Run, *names: str) -> str | None:
+    """Where the last whole checkpoint is, None without one; the rows `names` are cut back to it."""
+    status = run.status
+    run.rewind(status.get("checkpoint_step", 0), *names)
+    return str(run.folder / "checkpoints" / status["checkpoint"]) if "checkpoint" in status else None
+
+
+class Snapshots(TrainerCallback):
+    """Keeps the policy every so many steps, to be rated later: the weights that are trained, nothing of the optimiser."""
+
+    def __init__(self, trainer, run: Run, every_steps: int):
+        self.trainer, self.folder, self.every_steps = trainer, run.folder / "snapshots", every_steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every_steps and state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
+            self.trainer.save_model(str(self.folder / str(state.global_step)))
+
+
+def load_snapshot(recipe: Recipe, folder: Path, start: str):
+    """(model, tokenizer) of a snapshot; an adapter is merged into the model `start`, on which it was trained."""
+    if not (folder / "adapter_config.json").exists():
+        return load(recipe, str(folder))
+    model, tokenizer = load(recipe, start)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload(), tokenizer
+
+
+def go(trainer, checkpoint: str | None = None):
+    """Train without the library's own printout (`Rows` shows one line a step); the model, an adapter merged into it."""
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def save(model, tokenizer, run: Run, notes: dict[str, dict] | None = None) -> None:

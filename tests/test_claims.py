@@ -56,7 +56,8 @@ def test_verdicts_change_when_rows_change(tmp_path):
         "rewards-rise", "think-starts-lower", "think-overtakes", "plan-saturates", "cpt-starts-higher", "cpt-ends-higher",
         "rl-beats-sft"}
     assert {name for name, verdict in found.items() if verdict == "not run"} == {
-        "averaging", "beats-100b", "kl-beta", "plan-cap", "length-hacking", "dilution", "judge-bias"}
+        "averaging", "beats-100b", "kl-beta", "plan-cap", "length-hacking", "dilution", "judge-bias",
+        "writing-rm"}
     turned = made.held_out()
     turned["writing"] = -turned.writing
     falling = made.rl().assign(writing=lambda t: -t.writing, think_tokens=lambda t: 10 * 2 ** ((t.step + 1) // 2))
