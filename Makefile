@@ -32,8 +32,9 @@ test: setup  ## all tests: real training, resume, notebooks, the page in a brows
 figures: $(VENV)/.ready  ## redraw every figure from the committed rows into figures/out
 	$(BIN)/lwz figures
 
-lint: $(VENV)/.ready  ## ruff over the code and the notebooks
+lint: $(VENV)/.ready  ## ruff over the code and the notebooks, mypy over lwzlib
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 clean:  ## remove what was made: environment, runs, figures (the model cache stays)
-	rm -rf $(VENV) runs figures/out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs figures/out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -62,8 +62,8 @@ def table(rewards: dict[str, Callable], word_range: tuple[int, int], words: list
 def surface(found: pd.DataFrame, ax: Axes, column: str, word_range: tuple[int, int]) -> Axes:
     """One column of a `table` as a map over what the texts were asked to be; dashed: the range that the query asks for."""
     grid = found.pivot(index="repetition", columns="words", values=column)
-    picture = ax.pcolormesh(grid.columns, grid.index, grid, cmap="cividis", shading="nearest",
-                            **dict(zip(("vmin", "vmax"), _RANGES.get(column, ()), strict=False)))
+    low, high = _RANGES.get(column, (None, None))
+    picture = ax.pcolormesh(grid.columns, grid.index, grid, cmap="cividis", shading="nearest", vmin=low, vmax=high)
     for bound in word_range:
         ax.axvline(bound, color="white", linestyle="--", linewidth=1)
     ax.set(title=column, xlabel="words", ylabel="share repeated")
