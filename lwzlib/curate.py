@@ -112,7 +112,7 @@ async def curate(settings: llm.Settings, source: str, out: Path) -> tuple[list[Q
         else:
             reject(query, "needs no long writing", verdict.reason)
     async for query, guess in judged(RANGE, Guess, worthy, "range"):
-        found = enforce(*guess.range, query.query)
+        found = enforce(guess.range[0], guess.range[1], query.query)
         if isinstance(found, str):
             reject(query, found, f"predicted {list(guess.range)}")
         else:

@@ -141,6 +141,7 @@ def fill(stream: Iterable[str], words: int) -> list[str]:
 
 
 def endless(sentences: list[str], rng: random.Random) -> Iterator[str]:
+    """All of them in a random order, then in another, without an end."""
     while True:
         yield from rng.sample(sentences, len(sentences))
 

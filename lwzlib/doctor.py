@@ -26,6 +26,7 @@ class Check:
 
 
 def examine() -> list[Check]:
+    """Every part that the kit can use, found or not."""
     found = [Check(name, str(models.cache()) if models.is_prepared(name) else "", disables, "lwz prepare", True)
              for name, disables in _PARTS.items()]
     for package in ("torch", "transformers", "trl", "papermill"):

@@ -136,7 +136,8 @@ def server(settings: llm.Settings, replies: Path) -> Engine:
 
 
 def _fields(given: dict, decoding: Decoding, seed: int) -> dict:
-    wanted = {"temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_new_tokens, "seed": seed}
+    wanted: dict = {"temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_new_tokens,
+                    "seed": seed}
     wanted |= {"top_k": decoding.top_k} if decoding.top_k else {}
     wanted |= {"stop": decoding.stop} if decoding.stop and given.get("include_stop_str_in_output") else {}
     return {name: value for name, value in (wanted | given).items() if value is not None}

@@ -58,6 +58,7 @@ class Slurm(SlurmPipelineExecutor):
 
 def _on_slurm(name: str, tasks: int, pipeline: list, logs: Path, asked: Corpus) -> None:
     """Submit a job array and wait for it. Killed meanwhile, the next call waits for the same jobs; Ctrl-C cancels them."""
+    assert asked.slurm, "the caller looked"
     executor = Slurm(
         pipeline, tasks, asked.slurm.time, asked.slurm.partition, mem_per_cpu_gb=asked.slurm.memory_gb,
         workers=asked.workers, job_name=f"lwz-{name}", qos="", logging_dir=str(logs),

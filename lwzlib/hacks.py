@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -116,10 +117,19 @@ _ONCE: dict[str, Callable[[Honest, int], tuple[str, str]]] = {  # (plan, answer)
     "repeated_tags": lambda honest, words: (honest.plan, f"{honest.answer}</answer>\n<answer>{honest.answer}"),
 }
 
+
+def _from_stream(make: Callable, honest: Honest, words: int, rng: random.Random) -> str:
+    return wrap(honest.plan, join(fill(make(honest, rng), words)), "think")
+
+
+def _from_parts(make: Callable, honest: Honest, words: int, rng: random.Random) -> str:
+    plan, answer = make(honest, words)
+    return wrap(plan, answer, "think")
+
+
 ATTACKS: dict[str, Callable[[Honest, int, random.Random], str]] = {  # the int: words of answer to aim at, where it can
-    **{name: lambda honest, words, rng, make=make: wrap(honest.plan, join(fill(make(honest, rng), words)), "think")
-       for name, make in _ENDLESS.items()},
-    **{name: lambda honest, words, rng, make=make: wrap(*make(honest, words), "think") for name, make in _ONCE.items()},
+    **{name: partial(_from_stream, make) for name, make in _ENDLESS.items()},
+    **{name: partial(_from_parts, make) for name, make in _ONCE.items()},
     "code_block": lambda honest, words, rng: f"```\n{wrap(honest.plan, honest.answer, 'think')}\n```",
 }
 
@@ -127,8 +137,8 @@ ATTACKS: dict[str, Callable[[Honest, int, random.Random], str]] = {  # the int: 
 def asking(times: float, languages: Iterable[str] = ("en", "zh")) -> list[list[Honest]]:
     """The kit's groups in these languages, their queries asking for `times` as many words: above 1, every honest text
     falls short."""
-    return [[replace(honest, word_range=tuple(round(times * bound) for bound in honest.word_range)) for honest in group]
-            for group in groups() if group[0].language in languages]
+    return [[replace(honest, word_range=(round(times * honest.word_range[0]), round(times * honest.word_range[1])))
+             for honest in group] for group in groups() if group[0].language in languages]
 
 
 def table(rewards: dict[str, Callable], weights, mode: str = "zscore", words_factor: float | None = None, seed: int = 0,
@@ -151,7 +161,7 @@ def _compare(group: list[Honest], rewards, weights, mode, words_factor, seed) ->
     tries = list(itertools.product(ATTACKS, lengths))
     hacked = [ATTACKS[name](honest, n, random.Random(f"{seed} {name} {honest.id} {n}")) for name, n in tries]
     completions = [wrap(each.plan, each.answer, "think") for each in group] + hacked
-    asked = {"style": ["think"], "word_range": [honest.word_range], "query": [honest.query]}
+    asked: dict[str, list] = {"style": ["think"], "word_range": [honest.word_range], "query": [honest.query]}
     asked = {key: value * len(completions) for key, value in asked.items()}
     scores = np.array([reward(completions=completions, **asked) for reward in rewards.values()], dtype=float).T
     nine = np.array([[*scores[: len(group)], score] for score in scores[len(group) :]])

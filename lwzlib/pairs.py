@@ -9,7 +9,7 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +125,7 @@ def _requirement(original, rng, other):
 KINDS = {name: _damaged(name) for name in DAMAGES} | {"human_model": _human_model, "requirement": _requirement}
 
 
-def build(originals: list[Original], kinds: list[str], per_kind: int, seed: int) -> list[Pair]:
+def build(originals: list[Original], kinds: Sequence[str], per_kind: int, seed: int) -> list[Pair]:
     """At most `per_kind` pairs of each kind, spread over the originals, human and model-written in turn; each original
     gives at most one pair a kind."""
     rng = random.Random(seed)

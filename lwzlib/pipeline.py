@@ -23,6 +23,7 @@ class Step:
 
 
 def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str]) -> list[Step]:
+    """The notebooks of a run in order, 05 once for each arm that is trained by RL."""
     common = {"recipe": source, "seed": seed, "run_dir": str(folder.resolve()), "overrides": overrides}
     once = [Step(name, name, common) for name in ("00_start_here", "01_data_and_length_ranges", "02_reward_design",
                                                   "03_writing_rm", "04_grpo_step_by_step")]
@@ -48,6 +49,7 @@ def show(recipe: Recipe, folder: Path, seed: int) -> None:
 
 
 def default_folder(recipe: Recipe, seed: int) -> Path:
+    """`runs/<recipe>`, or `runs/<recipe>-seed<n>`."""
     return Path("runs") / (recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
 
 

@@ -76,15 +76,18 @@ def framed(query: str, style: Style | Literal["bare"], frame: str, prompt: Promp
     """What a model is asked: a plain-text frame for a base model, messages for an instruct model. `bare` is the query
     without any instruction, and needs no `prompt`."""
     language = language_of(query)
-    instruction = "" if style == "bare" else WORDINGS[prompt.wording][style, language]
-    examples = [] if style == "bare" else WORKED_EXAMPLES[language][: prompt.worked_examples]
-    turns = [(asked, wrap(plan, answer, style)) for asked, plan, answer in examples]
+    instruction, turns = "", []
+    if style != "bare":
+        assert prompt, "a style needs the recipe's quantities of the prompt"
+        instruction = WORDINGS[prompt.wording][style, language]
+        turns = [(asked, wrap(plan, answer, style))
+                 for asked, plan, answer in WORKED_EXAMPLES[language][: prompt.worked_examples]]
     if frame == "chat":
         shown = [message for asked, written in turns for message in (("user", asked), ("assistant", written))]
         return (*([("system", instruction)] if instruction else []), *shown, ("user", query))
     user, assistant = _SPEAKERS[language]
-    shown = "".join(f"{user}{asked}\n\n{assistant} {written}\n\n" for asked, written in turns)
-    return f"{instruction}\n\n" * bool(instruction) + f"{shown}{user}{query}\n\n{assistant} "
+    before = "".join(f"{user}{asked}\n\n{assistant} {written}\n\n" for asked, written in turns)
+    return f"{instruction}\n\n" * bool(instruction) + f"{before}{user}{query}\n\n{assistant} "
 
 
 def as_text(framed: Framed, tokenizer=None) -> str:

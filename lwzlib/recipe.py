@@ -94,6 +94,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def presets() -> list[str]:
+    """Names of the recipes that the kit brings along."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -166,6 +167,7 @@ def _merge(below: dict, above: dict) -> dict:
 
 
 def assigned(overrides) -> dict[str, Any]:
+    """{dotted name: value} of overrides in any of the forms that `load` takes. Raises RecipeError for another."""
     if isinstance(overrides, dict):
         return overrides
     try:

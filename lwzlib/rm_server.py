@@ -126,7 +126,7 @@ def app(score: Callable[[Texts], list[float]], max_tokens: int, count_tokens: Ca
         worker.cancel()
 
     return Starlette(routes=[Route("/health", health), Route("/score", answer, methods=["POST"])], lifespan=lifespan,
-                     exception_handlers={HTTPException: _error})
+                     exception_handlers={HTTPException: _error})  # type: ignore[dict-item]  # its hint wants any Exception
 
 
 def serve(application: Starlette, host: str = "127.0.0.1", port: int = 8017, grace_s: float = 5) -> None:
@@ -137,7 +137,7 @@ def serve(application: Starlette, host: str = "127.0.0.1", port: int = 8017, gra
     if host not in ("127.0.0.1", "::1", "localhost") and not token():
         log.warning("listening on %s WITHOUT AUTHENTICATION: whoever reaches it can use it; set LWZ_RM_TOKEN", host)
     uvicorn.run(application, host=host, port=port, lifespan="on", access_log=False,
-                timeout_graceful_shutdown=grace_s)
+                timeout_graceful_shutdown=grace_s)  # type: ignore[arg-type]  # it waits for half a second too
 
 
 async def _read(request: Request, limit: int) -> bytes:

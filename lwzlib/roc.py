@@ -66,7 +66,7 @@ def scores(texts: list[dict], encode: Callable) -> pd.DataFrame:
     for text in texts:
         about = {name: text[name] for name in ("kind", "language", "id")}
         first, *later = (text["text"], text["before"], text["added"]) if "added" in text else (text["text"],)
-        signals = {"lexical": _lexical, "semantic": functools.partial(_semantic, encode)}
+        signals: dict[str, Callable] = {"lexical": _lexical, "semantic": functools.partial(_semantic, encode)}
         for signal in ("lexical", "semantic")[: 1 + (text["language"] == "en")]:
             found += [about | {"signal": signal, "score": score} for score in signals[signal](first, *later)]
     return pd.DataFrame(found)

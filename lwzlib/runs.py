@@ -165,6 +165,7 @@ def _disk(error: OSError, path: Path) -> RunError:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`. Raises RunError if another process still has it after 15 seconds."""
     with path.open("a+") as file:
         for waited in range(_LOCK_PATIENCE_S + 1):
             try:

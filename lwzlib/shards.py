@@ -169,6 +169,7 @@ def tokenise(recipe: Recipe, sources: list[str], folder: Path, filters: list | N
 
 
 def token_files(folder: Path, source: int, parts: int) -> list[Path]:
+    """The files of one source, a file a part, as `tokenise` writes them."""
     return [folder / "tokens" / f"{source * parts + part:05d}_unshuffled.ds" for part in range(parts)]
 
 

@@ -52,6 +52,7 @@ def split_words(text: str) -> list[str]:
 
 
 def has_han(text: str) -> bool:
+    """There is a Han character in it."""
     return bool(_HAN_CHARACTER.search(text))
 
 

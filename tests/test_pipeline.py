@@ -38,6 +38,18 @@ def test_run_leaves_every_notebook_executed_and_a_page(smoke_run, smoke):
     assert (smoke_run / "report.html").stat().st_size > 10_000
 
 
+def test_every_notebook_is_part_of_the_run(smoke, tmp_path):
+    assert {step.notebook for step in pipeline.steps(smoke, tmp_path, 0, "smoke", [])} == {
+        path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+
+
+def test_where_the_sliders_do_not_show_there_is_a_picture(smoke_run):
+    cells = nbformat.read(smoke_run / "notebooks" / "02_reward_design.ipynb", 4).cells
+    maps, sliders = (next(cell for cell in cells if f"explore.{name}(" in cell.source) for name in ("surface", "sliders"))
+    assert any("image/png" in output.get("data", {}) for output in maps.outputs)
+    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in sliders.outputs)
+
+
 def test_running_again_does_nothing_again(smoke_run, smoke):
     again = lwz("run", "smoke", "--run-dir", smoke_run)
     assert again.returncode == 0

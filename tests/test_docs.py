@@ -1,0 +1,67 @@
+"""The page of departures is what the recipes say, the glossary points to what is there, and the kit says how to cite it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lwzlib import departures, recipe
+from lwzlib.text import has_han
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = [name for name in recipe.Recipe.model_fields if name not in ("name", "arms")]
+TERMS = re.findall(r"^### ([^\n]+?) · ([^\n]+)\n(.*?)\n\n(.*?)\n\nWhere: ([^\n]+)$",
+                   (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def quantities(page):
+    return re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)
+
+
+def test_the_page_of_departures_is_what_the_recipes_say():
+    page = departures.PAGE.read_text(encoding="utf-8")
+    assert departures.rewritten(page) == page, "stale: run `python -m lwzlib.departures`"
+    missing, changed = page.split("## 2 ")
+    marked = {name for name, (mark, _) in recipe.marks().items() if mark == "N"}
+    assert sorted(quantities(missing)) == sorted(marked)
+    assert sorted(quantities(changed)) == sorted(name for name, *_ in recipe.departures(recipe.load("nano")))
+
+
+def test_every_choice_has_a_reason():
+    without = [name for name, _, why in departures.not_published(SECTIONS) if not why.strip()]
+    without += [name for name, _, _, why in departures.changed("nano", SECTIONS) if not why.strip()]
+    assert not without, "say why, in a comment on its line"
+
+
+def test_a_reason_is_that_of_the_line_or_of_the_section_around_it(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(
+        "extends: nano\ngrpo:  # all of it\n  steps: 3  # few\n  loss: grpo\n"
+        "  sampling: {top_p: 0.9}  # both\ncot: {queries: 2}\n")
+    monkeypatch.setattr(recipe, "RECIPES", tmp_path)
+    assert departures.reasons("mine") == {"extends": "", "grpo.steps": "few", "grpo.loss": "all of it",
+                                          "grpo.sampling.top_p": "both", "cot.queries": ""}
+
+
+def test_the_glossary_has_every_term_whole():
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    assert len(TERMS) == text.count("\n### ") > 30
+    for english, chinese, said, said_in_chinese, _ in TERMS:
+        assert not has_han(said) and 2 <= len(re.findall(r"[.:;](?=\s|$)", said)) <= 4, english
+        assert has_han(said_in_chinese) and len(re.findall("[。；：，]", said_in_chinese)) >= 2, chinese
+
+
+@pytest.mark.parametrize("term", TERMS, ids=[term[0] for term in TERMS])
+def test_what_the_glossary_points_to_is_there(term):
+    named = re.findall(r"`([^`]+)`", term[4])
+    assert named and all((ROOT / path).is_file() for path in named), named
+
+
+def test_citation_names_kit_and_paper():
+    said = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert said["cff-version"] == "1.2.0" and said["message"] and said["title"] and said["authors"]
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{said["version"]}"' in project and f'license = "{said["license"]}"' in project
+    paper = said["preferred-citation"]
+    assert len(paper["authors"]) == 5 and "2506.18841" in paper["url"] and paper["year"] == 2025
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
