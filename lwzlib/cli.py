@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lwzlib import recipe as recipes
+from lwzlib import runs
 from lwzlib.evaluate import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -28,7 +29,7 @@ def _resumable():
         yield
     except KeyboardInterrupt:
         print("\ninterrupted; nothing is lost: the same command goes on from the last checkpoint", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(runs.INTERRUPTED) from None
 
 
 @app.command()
@@ -46,12 +47,17 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
           arm: Annotated[str | None, typer.Option(help="For samples-before, grpo, sft and samples-after.")] = None):
     """Do one stage here, after those it needs: cold-start, writing-rm, corpus, distil, pack, pretrain; of an arm:
     samples-before, grpo or sft, samples-after. Recipe `-` is read as JSON."""
-    from lwzlib import launch, pipeline
+    from lwzlib import distributed, launch, pipeline
 
     launch.end_with_parent()
     loaded = recipes.Recipe.model_validate_json(sys.stdin.read()) if recipe == "-" else recipes.load(recipe, sets)
-    with _resumable():
-        launch.run_stage(name, loaded, run_dir or pipeline.default_folder(loaded, seed), seed, arm)
+    try:
+        with _resumable():
+            launch.run_stage(name, loaded, run_dir or pipeline.default_folder(loaded, seed), seed, arm)
+    except typer.Exit:
+        distributed.leave()
+        raise
+    distributed.leave()
 
 
 @app.command()

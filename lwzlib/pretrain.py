@@ -38,24 +38,23 @@ def pretrain(recipe: Recipe, run: Run, start: str, corpus: Path, packed: Path) -
     if asked.batch_sequences % processes:
         raise RunError(f"pretrain.batch_sequences={asked.batch_sequences} cannot be cut over {processes} processes")
     with run.work():
-        last = run.status.get("checkpoint")
-        run.rewind(run.status.get("checkpoint_step", 0), "metrics")
+        last = train.resumed(run, "metrics")
         run.rewind(len(recipe.corpus.sources) if last else 0, "perplexity")  # what was measured after is measured again
-        model, tokenizer = train.load(recipe, start)
         sequences = concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(packed.glob("*.arrow"))])
         config = SFTConfig(
             num_train_epochs=1, learning_rate=asked.learning_rate, lr_scheduler_type=asked.lr_schedule,
             warmup_steps=asked.warmup_steps, per_device_train_batch_size=1,
             gradient_accumulation_steps=asked.batch_sequences // processes, max_length=None, padding_free=True,
-            dataset_kwargs={"skip_prepare_dataset": True}, save_strategy="steps", save_steps=asked.checkpoint_every_steps,
-            save_total_limit=2, **train.arguments(recipe, run))
+            dataset_kwargs={"skip_prepare_dataset": True}, **train.checkpoints(asked.checkpoint_every_steps),
+            **train.arguments(recipe, run))
+        model, tokenizer = train.load(recipe, start)
         trainer = SFTTrainer(model, args=config, train_dataset=sequences, processing_class=tokenizer,
                              callbacks=[train.Rows(run, train.SFT_COLUMNS)])
         if not last:
             _measure(recipe, run, "before", trainer.model, tokenizer, corpus)
-        train.go(trainer, run.folder / "checkpoints" / last if last else None)
-        _measure(recipe, run, "after", trainer.model, tokenizer, corpus)
-        train.save(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run)
+        trained = train.go(trainer, last)
+        _measure(recipe, run, "after", trained, tokenizer, corpus)
+        train.save(trained, trainer, run)
     return run.folder / "model"
 
 
@@ -112,8 +111,8 @@ def cold_start(recipe: Recipe, run: Run) -> Path:
             warmup_steps=2, per_device_train_batch_size=recipe.cold_start.batch_documents, save_strategy="no",
             max_length=None, **train.arguments(recipe, run))
         rows = train.Rows(run, train.SFT_COLUMNS)
-        train.go(SFTTrainer(model, args=config, train_dataset=documents, processing_class=tokenizer, callbacks=[rows]))
-        train.save(model, tokenizer, run)
+        trainer = SFTTrainer(model, args=config, train_dataset=documents, processing_class=tokenizer, callbacks=[rows])
+        train.save(train.go(trainer), trainer, run)
     return run.folder / "model"
 
 

@@ -6,13 +6,14 @@ import shutil
 import time
 
 import torch
-from peft import LoraConfig
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
 from lwzlib import models
 from lwzlib.quantities import Lora
 from lwzlib.recipe import Recipe
-from lwzlib.runs import Run
+from lwzlib.runs import Run, main_process, stop_asked
 
 # our column: the name under which TRL logs it
 GRPO_COLUMNS = {
@@ -29,10 +30,33 @@ SFT_COLUMNS = {"loss": "loss", "tokens": "num_tokens", "learning_rate": "learnin
 
 
 def arguments(recipe: Recipe, run: Run) -> dict:
-    """Arguments that every trainer here takes. Weights already have the recipe's dtype, so autocast stays off."""
+    """Arguments that every trainer here takes. Weights already have the recipe's dtype, so autocast stays off; under
+    DeepSpeed, bfloat16 weights have float32 copies in the optimiser. To be made before the model: ZeRO-3 shards as it loads."""
+    zero, cpu = deepspeed(recipe), not torch.cuda.is_available()
+    if zero and cpu:
+        from deepspeed import init_distributed
+
+        init_distributed(dist_backend="gloo", verbose=False)  # else accelerate starts the group itself, and not for DeepSpeed
     return {"output_dir": str(run.folder / "checkpoints"), "seed": run.seed, "logging_steps": 1, "report_to": "none",
-            "disable_tqdm": True, "log_level": "error", "bf16": False, "use_cpu": not torch.cuda.is_available(),
-            "gradient_checkpointing": recipe.grpo.gradient_checkpointing}
+            "disable_tqdm": True, "log_level": "error", "bf16": bool(zero) and recipe.model.dtype == "bfloat16",
+            "use_cpu": cpu, "deepspeed": zero, "gradient_checkpointing": recipe.grpo.gradient_checkpointing,
+            "ddp_find_unused_parameters": False}
+
+
+def deepspeed(recipe: Recipe) -> dict | None:
+    """DeepSpeed's configuration; what is "auto" transformers fills in from the trainer's arguments."""
+    where = recipe.distributed
+    if not where.zero:
+        return None
+    zero = {"stage": where.zero, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto"}
+    if where.zero == 3:
+        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+                 "stage3_gather_16bit_weights_on_model_save": True}
+    for part, offloaded in (("optimizer", where.offload != "none"), ("param", where.offload == "all")):
+        if offloaded:
+            zero[f"offload_{part}"] = {"device": "cpu", "pin_memory": True}
+    return {"zero_optimization": zero, "bf16": {"enabled": recipe.model.dtype == "bfloat16"}, "gradient_clipping": "auto",
+            "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
 
 
 def load(recipe: Recipe, name: str):
@@ -45,18 +69,40 @@ def lora(asked: Lora, **more) -> LoraConfig | None:
     return LoraConfig(r=asked.rank, lora_alpha=asked.alpha, target_modules=asked.targets, **more) if asked.rank else None
 
 
-def go(trainer, checkpoint=None) -> None:
-    """Train without the library's own printout: `Rows` shows one line a step."""
+def checkpoints(every_steps: int) -> dict:
+    """Arguments: one every so many steps, and of them the last two."""
+    return {"save_strategy": "steps", "save_steps": every_steps, "save_total_limit": 2}
+
+
+def resumed(run: Run, *names: str) -> str | None:
+    """Where the last whole checkpoint is, None without one; the rows `names` are cut back to it."""
+    status = run.status
+    run.rewind(status.get("checkpoint_step", 0), *names)
+    return str(run.folder / "checkpoints" / status["checkpoint"]) if "checkpoint" in status else None
+
+
+def go(trainer, checkpoint: str | None = None):
+    """Train without the library's own printout (`Rows` shows one line a step); the model, an adapter merged into it.
+    Raises KeyboardInterrupt where `Rows` stopped it, after a checkpoint, because it was asked to."""
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def save(model, tokenizer, run: Run, notes: dict[str, dict] | None = None) -> None:
-    """Safetensors under `model/`, whole or not at all, with `notes` as JSON files beside them."""
+def save(model, trainer, run: Run, notes: dict[str, dict] | None = None) -> None:
+    """Safetensors under `model/`, whole or not at all, with the trainer's tokenizer, and `notes` as JSON files beside them.
+    Every process calls it: ZeRO-3 has the weights in shards."""
+    sharded = run.recipe.distributed.zero == 3
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if not main_process():
+        return
     scratch, final = run.folder / ".model", run.folder / "model"
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
+    model.save_pretrained(scratch, state_dict=weights)
+    trainer.processing_class.save_pretrained(scratch)
     for name, content in (notes or {}).items():
         (scratch / name).write_text(json.dumps(content, indent=1))
     shutil.rmtree(final, ignore_errors=True)
@@ -65,11 +111,14 @@ def save(model, tokenizer, run: Run, notes: dict[str, dict] | None = None) -> No
 
 class Rows(TrainerCallback):
     """Writes a row a step and remembers the last checkpoint that is whole. A row whose step is repeated after a kill
-    replaces the old one, because `Run.rewind` cut the file back first."""
+    replaces the old one, because `Run.rewind` cut the file back first.
+
+    Saves by the clock too, and when the process is asked to stop (`runs.stop_on_signal`): then a last time, and ends."""
 
     def __init__(self, run: Run, columns: dict[str, str], total: int | None = None):
         self.run, self.columns, self.total = run, columns, total
-        self.since, self.tokens = time.perf_counter(), 0
+        self.since, self.tokens, self.saved = time.perf_counter(), 0, time.monotonic()
+        self.every_s = 60 * run.recipe.distributed.checkpoint_every_minutes
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:
@@ -88,9 +137,24 @@ class Rows(TrainerCallback):
         print(f"{self.run.folder.parent.name}/{self.run.folder.name}  step {state.global_step}/{state.max_steps}  "
               f"{shown}  {row['step_s']:.1f} s", flush=True)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        due, asked = _agreed(0 < self.every_s <= time.monotonic() - self.saved, stop_asked())
+        control.should_save |= due or asked
+        control.should_training_stop |= asked
+
     def on_save(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
         if state.is_world_process_zero:
             self.run.update(checkpoint=f"checkpoint-{state.global_step}", checkpoint_step=state.global_step)
+
+
+def _agreed(*facts: bool) -> list[bool]:
+    """What holds in any of the processes: all must save and stop at the same step."""
+    ours = PartialState()
+    found = torch.tensor(facts, dtype=torch.int32, device=ours.device)
+    if ours.num_processes > 1:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return [bool(each) for each in found]
 
 
 def _number(value) -> float | None:
