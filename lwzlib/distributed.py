@@ -166,7 +166,7 @@ class Agent:
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // o.processes)))
         for local in range(o.processes):
             rank = self.node * o.processes + local
-            env = os.environ | {
+            env = {"PYTHONWARNINGS": "ignore::FutureWarning"} | os.environ | {  # DeepSpeed's, at every step
                 "RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(o.processes),
                 "MASTER_ADDR": o.head, "MASTER_PORT": str(o.port), "OMP_NUM_THREADS": threads, "LWZ_END_WITH": str(os.getpid())}
             with self.log(rank).open("wb") as log:

@@ -32,7 +32,10 @@ SFT_COLUMNS = {"loss": "loss", "tokens": "num_tokens", "learning_rate": "learnin
 def arguments(recipe: Recipe, run: Run) -> dict:
     """Arguments that every trainer here takes. Weights already have the recipe's dtype, so autocast stays off; under
     DeepSpeed, bfloat16 weights have float32 copies in the optimiser. To be made before the model: ZeRO-3 shards as it loads."""
-    zero, cpu = deepspeed(recipe), not torch.cuda.is_available()
+    cpu = not torch.cuda.is_available()
+    zero = deepspeed(recipe) if "RANK" in os.environ else None  # a stage that is one process shards nothing
+    if cpu:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # else a rank's is cpu:0, for which torch cannot load an optimiser
     if zero and cpu:
         from deepspeed import init_distributed
 
@@ -95,7 +98,7 @@ def go(trainer, checkpoint: str | None = None):
 def save(model, trainer, run: Run, notes: dict[str, dict] | None = None) -> None:
     """Safetensors under `model/`, whole or not at all, with the trainer's tokenizer, and `notes` as JSON files beside them.
     Every process calls it: ZeRO-3 has the weights in shards."""
-    sharded = run.recipe.distributed.zero == 3
+    sharded = trainer.is_deepspeed_enabled and run.recipe.distributed.zero == 3
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if not main_process():
         return
