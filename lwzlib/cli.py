@@ -54,8 +54,8 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
     try:
         with _resumable():
             launch.run_stage(name, loaded, run_dir or pipeline.default_folder(loaded, seed), seed, arm)
-    except typer.Exit:
-        distributed.leave()
+    except typer.Exit as end:
+        distributed.leave(end.exit_code)
         raise
     distributed.leave()
 

@@ -86,6 +86,22 @@ def accumulation(recipe: Recipe, processes: int) -> int:
     return completions // (micro * processes)
 
 
+def deepspeed(recipe: Recipe) -> dict | None:
+    """DeepSpeed's configuration; what is "auto" transformers fills in from the trainer's arguments."""
+    where = recipe.distributed
+    if not where.zero:
+        return None
+    zero = {"stage": where.zero, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto"}
+    if where.zero == 3:
+        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+                 "stage3_gather_16bit_weights_on_model_save": True}
+    for part, offloaded in (("optimizer", where.offload != "none"), ("param", where.offload == "all")):
+        if offloaded:
+            zero[f"offload_{part}"] = {"device": "cpu", "pin_memory": True}
+    return {"zero_optimization": zero, "bf16": {"enabled": recipe.model.dtype == "bfloat16"}, "gradient_clipping": "auto",
+            "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+
+
 def agents(at: World, logs: Path) -> list[str]:
     """What to put before a command to run it in every process of the world; it ends when all of them have ended."""
     agent = [sys.executable, "-m", "lwzlib.distributed", "--head", at.hosts[0], "--port", str(at.port), "--nodes",
@@ -148,11 +164,14 @@ def meet(head: str, port: int, node: int, nodes: int, patience_s: float) -> None
             line.sendall(b"ok")
 
 
-def leave() -> None:
-    """Leave the group of ranks in order, if this process is in one: else torch's threads may abort it at its end."""
+def leave(code: int = 0) -> None:
+    """A rank leaves its group and ends here: after its work is done, threads of torch or DeepSpeed may abort it at its end."""
     torch = sys.modules.get("torch")
     if torch and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Agent:

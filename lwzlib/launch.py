@@ -208,6 +208,8 @@ def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | N
 def _command(stage: str, recipe: Recipe, root: Path, seed: int, arm: str | None, folder: Path) -> list[str]:
     """Do the stage, in a process of its own; the recipe lies in the run's folder, which all nodes see."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("logs/failed-*.json"):
+        old.unlink()
     write_atomic(folder / "asked.yaml", recipe.model_dump_json())  # JSON is YAML too
     return [sys.executable, "-m", "lwzlib.cli", "stage", stage, str((folder / "asked.yaml").resolve()), "--run-dir",
             str(root.resolve()), "--seed", str(seed), *(["--arm", arm] if arm else [])]
@@ -229,13 +231,14 @@ def _stream(command: list[str], env: dict, run: Run) -> None:
     finally:
         process.stdout.close()
         code = process.wait()
-    if code == INTERRUPTED:
+    failed = distributed.failure(run.folder / "logs")
+    if code == INTERRUPTED and not failed:
         raise Interrupted(f"the stage was asked to stop, and did after step {run.status.get('checkpoint_step', 0)}; the same "
                           "call goes on from there")
     if code:
         if run.status.get("state") in ("running", "interrupted"):  # its main process was ended with the others
             run.update(state="failed")
-        said = distributed.failure(run.folder / "logs") or f"its last lines:\n{''.join(last)}"
+        said = failed or f"its last lines:\n{''.join(last)}"
         raise RunError(f"the stage ended with exit code {code}; {said}")
 
 

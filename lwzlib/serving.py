@@ -32,8 +32,6 @@ def ready(stage: str, recipe: Recipe, folder: Path, model: str) -> Iterator[tupl
     if stage == "grpo":
         distributed.accumulation(recipe, at.size)
     logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.glob("failed-*.json"):
-        old.unlink()
     with serve(recipe, at, logs, model) if served else contextlib.nullcontext({}) as env:
         yield distributed.agents(at, logs), env
 

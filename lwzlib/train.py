@@ -10,7 +10,7 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
-from lwzlib import models
+from lwzlib import distributed, models
 from lwzlib.quantities import Lora
 from lwzlib.recipe import Recipe
 from lwzlib.runs import Run, main_process, stop_asked
@@ -33,7 +33,7 @@ def arguments(recipe: Recipe, run: Run) -> dict:
     """Arguments that every trainer here takes. Weights already have the recipe's dtype, so autocast stays off; under
     DeepSpeed, bfloat16 weights have float32 copies in the optimiser. To be made before the model: ZeRO-3 shards as it loads."""
     cpu = not torch.cuda.is_available()
-    zero = deepspeed(recipe) if "RANK" in os.environ else None  # a stage that is one process shards nothing
+    zero = distributed.deepspeed(recipe) if "RANK" in os.environ else None  # a stage that is one process shards nothing
     if cpu:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # else a rank's is cpu:0, for which torch cannot load an optimiser
     if zero and cpu:
@@ -44,22 +44,6 @@ def arguments(recipe: Recipe, run: Run) -> dict:
             "disable_tqdm": True, "log_level": "error", "bf16": bool(zero) and recipe.model.dtype == "bfloat16",
             "use_cpu": cpu, "deepspeed": zero, "gradient_checkpointing": recipe.grpo.gradient_checkpointing,
             "ddp_find_unused_parameters": False}
-
-
-def deepspeed(recipe: Recipe) -> dict | None:
-    """DeepSpeed's configuration; what is "auto" transformers fills in from the trainer's arguments."""
-    where = recipe.distributed
-    if not where.zero:
-        return None
-    zero = {"stage": where.zero, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto"}
-    if where.zero == 3:
-        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
-                 "stage3_gather_16bit_weights_on_model_save": True}
-    for part, offloaded in (("optimizer", where.offload != "none"), ("param", where.offload == "all")):
-        if offloaded:
-            zero[f"offload_{part}"] = {"device": "cpu", "pin_memory": True}
-    return {"zero_optimization": zero, "bf16": {"enabled": recipe.model.dtype == "bfloat16"}, "gradient_clipping": "auto",
-            "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
 
 
 def load(recipe: Recipe, name: str):

@@ -1,6 +1,7 @@
-"""vLLM's commands against what TRL renders itself, and servers that answer, are late, or die: with a program in vLLM's place."""
+"""vLLM's commands against what TRL renders itself; servers that answer, are late, or die: a program in vLLM's place."""
 
 import dataclasses
+import itertools
 import stat
 import sys
 import urllib.error
@@ -65,8 +66,8 @@ def test_servers_have_what_trl_imposes(paper, monkeypatch):
         dtype="bfloat16"))
     theirs = theirs[theirs.index("serve") :]
     ours, = serving.commands(paper, at, "m")
-    flags = {flag: value for flag, value in zip(ours, ours[1:], strict=False) if flag.startswith("--")}
-    for flag, value in zip(theirs, theirs[1:], strict=False):
+    flags = {flag: value for flag, value in itertools.pairwise(ours) if flag.startswith("--")}
+    for flag, value in itertools.pairwise(theirs):
         if flag.startswith("--") and flag not in ("--kv-cache-dtype", "--model-impl", "--uvicorn-log-level"):  # vLLM's defaults
             assert flags[flag] == value
 
