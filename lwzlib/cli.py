@@ -1,5 +1,5 @@
-"""`lwz`: run, stage, status, corpus, recipe, prepare, doctor, score, hacks, serve-rm, curate, figures, export, report;
-arena, elo, rate, unblind."""
+"""`lwz`: run, stage, status, corpus, recipe, estimate, prepare, doctor, score, hacks, serve-rm, curate, figures, export,
+report; arena, elo, rate, unblind."""
 
 import contextlib
 import sys
@@ -96,6 +96,23 @@ def show_recipe(name: str, sets: Overrides = None):
         published = paper.get(key)
         table.add_row(key, str(value), str(published), mark, note, style="bold" if value != published else "dim")
     out.print(table, "Bold: departs from the paper. A, B: published. N: not published, chosen by this kit.")
+
+
+@app.command()
+def estimate(recipe: str, sets: Overrides = None,
+             nodes: Annotated[int | None, typer.Option(help="Default: distributed.nodes of the recipe.")] = None,
+             gpus: Annotated[int | None, typer.Option(help="A node; default: distributed.processes of the recipe.")] = None,
+             gpu: Annotated[str, typer.Option(help="h800, h100, h200 or a100.")] = "h800",
+             gpu_gib: Annotated[float | None, typer.Option(help="Memory of a GPU, where it is another.")] = None,
+             mean_tokens: Annotated[float | None, typer.Option(help="Of a completion; default: half of the most.")] = None):
+    """Memory of a GPU, seconds and GPU-hours of GRPO, with the arithmetic. Exit code 1 for a recipe that cannot fit."""
+    from lwzlib import plans
+
+    made = plans.planned(recipe, sets, nodes, gpus, gpu, gpu_gib, mean_tokens)
+    reasons = plans.show(made, out)
+    for reason in reasons:
+        print(f"lwz: recipe {recipe} cannot run on {made.gpus} x {made.gpu.name}: {reason}", file=sys.stderr)
+    raise typer.Exit(int(bool(reasons)))
 
 
 @app.command()

@@ -253,7 +253,7 @@ class Distributed(Section):
 class Vllm(Section):
     """Who writes the completions of GRPO: transformers in the trainer, or vLLM beside it or on nodes of its own."""
 
-    mode: Literal["off", "colocate", "server"]
+    mode: Literal["none", "colocate", "server"]
     nodes: Count  # for `server`: so many of distributed.nodes, the last ones
     tensor_parallel: Positive  # GPUs that share one copy of the model
     memory_share: Rate  # of a GPU's memory, for weights and KV cache

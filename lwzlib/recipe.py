@@ -68,7 +68,7 @@ class Recipe(q.Section):
         if (vllm.mode == "server") != (0 < vllm.nodes < where.nodes):
             raise ValueError(f"vllm.nodes = {vllm.nodes} must be 1 to {where.nodes - 1} of distributed.nodes where vllm.mode "
                              "is server, and 0 elsewhere")
-        if vllm.mode != "off" and where.processes % vllm.tensor_parallel:
+        if vllm.mode != "none" and where.processes % vllm.tensor_parallel:
             raise ValueError(f"vllm.tensor_parallel = {vllm.tensor_parallel} must divide distributed.processes = "
                              f"{where.processes}: a copy of the model lies on one node")
         if where.zero == 3 and self.grpo.lora.rank:

@@ -95,7 +95,7 @@ def _wait(url: str, running: list, patience_s: int) -> None:
 def arguments(recipe: Recipe) -> dict:
     """vLLM's part of TRL's GRPOConfig. Raises RunError where the recipe wants servers and none were started."""
     vllm = recipe.vllm
-    if vllm.mode == "off":
+    if vllm.mode == "none":
         return {}
     if vllm.mode == "colocate":
         return {"use_vllm": True, "vllm_mode": "colocate", "vllm_tensor_parallel_size": vllm.tensor_parallel,

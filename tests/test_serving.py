@@ -121,7 +121,7 @@ def test_trl_takes_the_arguments_of_every_way(paper, smoke, tmp_path, monkeypatc
 
     monkeypatch.setenv("LWZ_VLLM_URL", "http://n3:10003")
     monkeypatch.setenv("LWZ_VLLM_PORT", "10002")
-    for mode, expected in (("off", (False, None)), ("colocate", (True, None)), ("server", (True, "http://n3:10003"))):
+    for mode, expected in (("none", (False, None)), ("colocate", (True, None)), ("server", (True, "http://n3:10003"))):
         made = smoke.model_copy(update={"vllm": paper.vllm.model_copy(update={"mode": mode, "sleep": True})})
         config = grpo.config(made, Run(tmp_path, made, 0, ("grpo",)), ["length"])
         assert (config.use_vllm, config.vllm_server_base_url) == expected
