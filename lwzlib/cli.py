@@ -44,9 +44,9 @@ def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = N
 
 @app.command()
 def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None,
-          arm: Annotated[str | None, typer.Option(help="For samples-before, grpo, sft and samples-after.")] = None):
+          arm: Annotated[str | None, typer.Option(help="For the stages of an arm.")] = None):
     """Do one stage here, after those it needs: cold-start, writing-rm, corpus, distil, pack, pretrain; of an arm:
-    samples-before, grpo or sft, samples-after. Recipe `-` is read as JSON."""
+    samples-before, grpo or sft, samples-during, samples-after. Recipe `-` is read as JSON."""
     from lwzlib import distributed, launch, pipeline
 
     launch.end_with_parent()
@@ -72,12 +72,14 @@ def status(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir 
 @app.command()
 def corpus(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
     """Read, clean, filter and tokenise the recipe's corpus; the same command goes on where it stopped."""
-    from lwzlib import launch, pipeline, shards
+    import json
+
+    from lwzlib import launch, pipeline
 
     loaded = recipes.load(recipe, sets)
     with _resumable():
         folder = launch.run_stage("corpus", loaded, run_dir or pipeline.default_folder(loaded, seed), seed)
-    rows = shards.report(loaded, folder)
+    rows = json.loads((folder / "report.json").read_text())
     table = Table(*rows[0], title=f"{folder}: documents, and tokens kept")
     for row in rows:
         table.add_row(*map(str, row.values()))
@@ -251,7 +253,8 @@ def figures(results: Path = Path("figures/results"), folder: Path = Path("figure
 
 @app.command()
 def export(run_dirs: list[Path], to: Path = Path("figures/results/nano.csv")):
-    """Write the rows of finished runs, with their provenance, as a results table that `lwz figures` draws."""
+    """Write the rows of finished runs, with their provenance, as tables that `lwz figures` draws: those of RL to `to`, those
+    of the held-out samples beside it."""
     import pandas as pd
 
     from lwzlib import figures as draw
@@ -259,8 +262,12 @@ def export(run_dirs: list[Path], to: Path = Path("figures/results/nano.csv")):
     table = pd.concat([draw.run_table(folder) for folder in run_dirs], ignore_index=True)
     if table.empty:
         raise typer.BadParameter(f"no GRPO rows in {', '.join(map(str, run_dirs))}")
-    table.round(4).to_csv(to, index=False)
-    out.print(f"{to}: {len(table)} rows", highlight=False)
+    texts = ["type", "query", "word_range", "completion"]  # these stay in the run folder
+    held_out = pd.concat([draw.held_out_table(folder, during=True) for folder in run_dirs], ignore_index=True)
+    held_out = held_out.drop(columns=texts, errors="ignore").astype({"step": "Int64"})
+    for path, rows in ((to, table), (to.with_stem(f"{to.stem}_held_out"), held_out)):
+        rows.round(4).to_csv(path, index=False)
+        out.print(f"{path}: {len(rows)} rows", highlight=False)
 
 
 @app.command()

@@ -15,6 +15,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lwzlib import intervals
 from lwzlib.runs import RunError, read_rows
 
 matplotlib.rcParams.update({"svg.hashsalt": "lwzlib", "svg.fonttype": "none", "font.size": 9,
@@ -41,31 +42,46 @@ def run_table(folder: str | Path) -> pd.DataFrame:
         rows = pd.DataFrame(read_rows(grpo / "metrics.jsonl"))
         if rows.empty:
             continue
-        made = json.loads((grpo / "provenance.json").read_text())
-        asked = yaml.safe_load((grpo / "recipe.yaml").read_text())
-        about = {"model": asked["model"]["name"], "arm": grpo.parent.name, "seed": asked["seed"],
-                 "fingerprint": json.loads((grpo / "status.json").read_text())["fingerprint"],
-                 "commit": made["commit"], "hardware": made["hardware"],
-                 "versions": " ".join(f"{name} {v}" for name, v in made["versions"].items())}
+        about = _about(grpo)
         kept = rows[["step", *(c for c in _KEPT if c in rows)]]
         tables.append(kept.assign(**about)[[*about, *kept.columns]])
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["arm", "seed", "step"])
 
 
-def held_out_table(folder: str | Path) -> pd.DataFrame:
-    """The held-out samples of every arm in a run folder, a row each: arm, algorithm, start, seed, phase (before, after),
-    id, rewards, lengths, texts. Empty if there are none."""
+def _about(stage: Path) -> dict:
+    """Where the rows of an arm's stage come from."""
+    made, status = (json.loads((stage / f"{name}.json").read_text()) for name in ("provenance", "status"))
+    asked = yaml.safe_load((stage / "recipe.yaml").read_text())
+    return {"model": asked["model"]["name"], "arm": stage.parent.name, "seed": asked["seed"],
+            "fingerprint": status["fingerprint"], "commit": made["commit"], "hardware": made["hardware"],
+            "versions": " ".join(f"{name} {v}" for name, v in made["versions"].items())}
+
+
+def held_out_table(folder: str | Path, during: bool = False) -> pd.DataFrame:
+    """The held-out samples of every arm in a run folder, a row each: where they come from, judge (the Writing RM's identity),
+    algorithm, start, phase (before, after; `during` RL too), step (of RL), id, rewards, lengths, texts. Empty if none."""
     found, known = [], list(ARMS)
     arms = {path.parent.name for path in Path(folder).glob("*/samples-*")}
     for arm in sorted(arms, key=lambda arm: (known.index(arm) if arm in known else len(known), arm)):
-        for phase in ("before", "after"):
+        for phase in ("before", *["during"] * during, "after"):
             stage = Path(folder) / arm / f"samples-{phase}"
-            if rows := read_rows(stage / "samples.jsonl"):
+            for path in sorted(stage.glob("samples*.jsonl"), key=lambda path: (len(path.stem), path.stem)):
                 asked = yaml.safe_load((stage / "recipe.yaml").read_text())
-                about = {"arm": arm, "algorithm": asked["inputs"].get("algorithm", "grpo"),
-                         "start": asked["inputs"].get("start", "base"), "seed": asked["seed"], "phase": phase}
-                found += [about | row for row in rows]
-    return pd.DataFrame(found, columns=None if found else ["arm", "algorithm", "start", "seed", "phase", "id"])
+                algorithm, start = (asked["inputs"].get(name, old) for name, old in (("algorithm", "grpo"), ("start", "base")))
+                step = {"before": 0, "during": path.stem.rpartition("_")[2], "after": asked.get("grpo", {}).get("steps")}[phase]
+                about = _about(stage) | {"judge": judge_of(folder, asked, arm), "algorithm": algorithm, "start": start,
+                                         "phase": phase, "step": int(step) if algorithm == "grpo" else None}
+                found += [about | row | {"step": about["step"]} for row in read_rows(path)]
+    return pd.DataFrame(found, columns=None if found else ["arm", "algorithm", "start", "seed", "phase", "step", "id"])
+
+
+def judge_of(folder: str | Path, asked: dict, arm: str) -> str:
+    """Identity of the Writing RM that scored an arm's samples, by the recipe of that stage; "" where none did."""
+    named = asked.get("reward", {}).get("writing", {}).get("model", "")
+    places = [Path(folder) / arm / "writing-rm", Path(folder) / "writing-rm"]
+    models = [place / "model" for place in places] if named == "stage" else [Path(named)]
+    found = [model / "writing_rm.json" for model in models if (model / "writing_rm.json").is_file()]
+    return json.loads(found[0].read_text())["identity"] if named and found else ""
 
 
 def changes(table: pd.DataFrame) -> pd.DataFrame:
@@ -76,20 +92,10 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
         for arm, rows in table.groupby("arm", sort=False):
             pairs = rows.pivot(index="id", columns="phase", values=reward).reindex(columns=["before", "after"]).dropna()
             if len(pairs):
-                difference, low, high = interval(pairs.after - pairs.before)
+                difference, low, high = intervals.mean(pairs.after - pairs.before)
                 out.append({"arm": arm, "reward": reward, "queries": len(pairs), "before": pairs.before.mean(),
                             "after": pairs.after.mean(), "difference": difference, "low": low, "high": high})
     return pd.DataFrame(out)
-
-
-def interval(values) -> tuple[float, float, float]:
-    """Mean and its 95% bootstrap interval (5,000 seeded resamples); of fewer than two values the ends are NaN."""
-    from scipy.stats import bootstrap
-
-    low, high = np.nan, np.nan
-    if len(values) > 1:
-        low, high = bootstrap((values,), np.mean, n_resamples=5000, method="percentile", rng=0).confidence_interval
-    return float(np.mean(values)), float(low), float(high)
 
 
 def mixture_table(pack: str | Path) -> pd.DataFrame:
@@ -134,8 +140,9 @@ def quarters(table: pd.DataFrame, columns=REWARDS) -> pd.DataFrame:
 def curve(table: pd.DataFrame, ax: Axes, column: str, window: int = 5) -> Axes:
     """One quantity over the steps: a point a step, and each arm's centred mean over `window` steps; over several seeds
     the mean and the range."""
+    look = styles(sorted(set(table.arm)))
     for i, (arm, rows) in enumerate(table.groupby("arm", sort=True)):
-        colour, dash, marker = styles(sorted(set(table.arm)))[arm]
+        colour, dash, marker = look[arm]
         per_seed = rows.pivot(index="step", columns="seed", values=column)
         smooth = per_seed.rolling(window, center=True, min_periods=1).mean()
         every = max(1, len(smooth) // 4)
@@ -169,28 +176,31 @@ def mixture(table: pd.DataFrame, ax: Axes) -> Axes:
 
 def boundaries(table: pd.DataFrame, ax: Axes, sequence_tokens: int) -> Axes:
     """Packed sequences, a row each, cut at the boundaries of their documents: columns sequence, source, tokens."""
+    if table.empty:
+        return ax
     sources, sequences = sorted(set(table.source)), list(dict.fromkeys(table.sequence))
+    placed = table.assign(start=table.groupby("sequence").tokens.cumsum() - table.tokens)
     for i, source in enumerate(sources):
-        rows = table.assign(start=table.groupby("sequence").tokens.cumsum() - table.tokens)[table.source == source]
+        rows = placed[placed.source == source]
         ax.barh([sequences.index(s) for s in rows.sequence], rows.tokens, left=rows.start, height=0.7, color=STYLES[i % 7][0],
                 hatch=("", "//", "..", "xx")[i % 4], alpha=0.6, edgecolor="black", linewidth=1.2, label=source)
-    if sequences:
-        ax.axvline(sequence_tokens, color="grey", linestyle=":", label="end of the sequence")
-        ax.set_yticks(range(len(sequences)), sequences)
-        ax.set(xlabel="tokens", ylabel="sequence", xlim=(0, 1.01 * sequence_tokens), ylim=(len(sequences) - 0.5, -0.5))
-        ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=3, fontsize=8)
+    ax.axvline(sequence_tokens, color="grey", linestyle=":", label="end of the sequence")
+    ax.set_yticks(range(len(sequences)), sequences)
+    ax.set(xlabel="tokens", ylabel="sequence", xlim=(0, 1.01 * sequence_tokens), ylim=(len(sequences) - 0.5, -0.5))
+    ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1), ncols=3, fontsize=8)
     return ax
 
 
 def held_out(table: pd.DataFrame, ax: Axes, reward: str) -> Axes:
     """A held-out reward of each arm, before (open) and after (filled): means, 95% intervals. RL solid, SFT dashed."""
     arms = list(dict.fromkeys(table.arm))
+    look = styles(arms)
     for place, arm in enumerate(arms):
-        rows, (colour, _, marker) = table[table.arm == arm], styles(arms)[arm]
+        rows, (colour, _, marker) = table[table.arm == arm], look[arm]
         dash = "--" if (rows.algorithm == "sft").all() else "-"
         for phase, at, fill in (("before", place - 0.17, "white"), ("after", place + 0.17, colour)):
             if len(values := rows[rows.phase == phase][reward].dropna()):
-                mean, low, high = interval(values)
+                mean, low, high = intervals.mean(values)
                 ax.plot([low, high], [at, at], linestyle=dash, color=colour, linewidth=1.4)
                 ax.plot(mean, at, marker, color=colour, markerfacecolor=fill, markersize=5.5)
     ax.set_yticks(range(len(arms)), arms)

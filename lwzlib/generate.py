@@ -6,7 +6,7 @@ from pathlib import Path
 from lwzlib import data, prompts, rewards
 from lwzlib.quantities import Sampling
 from lwzlib.recipe import Recipe
-from lwzlib.runs import Run
+from lwzlib.runs import Run, RunError
 from lwzlib.text import count_words, parse
 
 
@@ -53,14 +53,13 @@ def _ends(model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, tokenizer.pad_token_id, *(said if isinstance(said, list) else [said])} - {None}
 
 
-def scored(recipe: Recipe, run: Run, name: str, model_name: str, writing_rm: str, queries: list[data.Query], style: str,
+def scored(recipe: Recipe, run: Run, name: str, loaded: tuple, writing_rm: str, queries: list[data.Query], style: str,
            sampling: Sampling, batch: int, stop: list[str]) -> list[dict]:
-    """A completion of each query with its rewards, as rows `name` of the run; resumable batch by batch."""
-    from lwzlib import train
-
+    """A completion of each query with its rewards, as rows `name` of the run; resumable batch by batch. `loaded`: model,
+    tokenizer."""
+    model, tokenizer = loaded
     whole = len(run.rows(name)) // batch * batch
     run.rewind(whole, name)
-    model, tokenizer = train.load(recipe, model_name)
     scorers = rewards.build(recipe, writing_rm)
     framed = [prompts.render(q.query, style, recipe.model.frame, recipe.prompt, tokenizer) for q in queries]
     for i, text, truncated in completions(model, tokenizer, framed, sampling, batch, run.seed,
@@ -79,9 +78,33 @@ def scored(recipe: Recipe, run: Run, name: str, model_name: str, writing_rm: str
 
 def samples(recipe: Recipe, run: Run, arm: str, model_name: str, writing_rm: str = "") -> Path:
     """What a model writes for the held-out queries, with its rewards: `samples.jsonl`."""
+    from lwzlib import train
+
     if not run.finished:
         with run.work():
-            queries = data.load(recipe.data.heldout, recipe.data.languages)[: recipe.samples.queries]
-            scored(recipe, run, "samples", model_name, writing_rm, queries, recipe.arm(arm).prompt,
-                   recipe.samples.sampling, recipe.samples.batch_completions, recipe.samples.stop)
+            _held_out(recipe, run, "samples", arm, train.load(recipe, model_name), writing_rm)
     return run.folder
+
+
+def samples_during(recipe: Recipe, run: Run, arm: str, start: str, grpo: Path, writing_rm: str = "") -> Path:
+    """The same of each snapshot of the policy: `samples_<step>.jsonl`. Raises RunError if RL kept other ones."""
+    from lwzlib import train
+
+    if run.finished:
+        return run.folder
+    wanted = range(recipe.evaluation.every_steps, recipe.grpo.steps, recipe.evaluation.every_steps)
+    if missing := [step for step in wanted if not (grpo / "snapshots" / str(step)).is_dir()]:
+        raise RunError(f"{grpo} kept no policy of step {', '.join(map(str, missing))}: it was trained with another "
+                       "evaluation.every_steps. Set that, or remove the folder and train again")
+    with run.work():
+        for step in wanted:
+            if len(run.rows(f"samples_{step}")) < recipe.samples.queries:
+                loaded = train.load_snapshot(recipe, grpo / "snapshots" / str(step), start)
+                _held_out(recipe, run, f"samples_{step}", arm, loaded, writing_rm)
+    return run.folder
+
+
+def _held_out(recipe: Recipe, run: Run, name: str, arm: str, loaded: tuple, writing_rm: str) -> None:
+    queries = data.load(recipe.data.heldout, recipe.data.languages)[: recipe.samples.queries]
+    scored(recipe, run, name, loaded, writing_rm, queries, recipe.arm(arm).prompt, recipe.samples.sampling,
+           recipe.samples.batch_completions, recipe.samples.stop)

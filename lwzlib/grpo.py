@@ -122,13 +122,15 @@ def trainer(recipe: Recipe, run: Run, arm: str, start: str, writing_rm: str = ""
         train_dataset=dataset(recipe, recipe.arm(arm).prompt, tokenizer), callbacks=[train.Rows(run, train.GRPO_COLUMNS)],
         peft_config=train.lora(recipe.grpo.lora),
         advantage=recipe.grpo.advantage, keep=keep)
+    grpo_trainer.add_callback(train.Snapshots(grpo_trainer, run, recipe.evaluation.every_steps))
     return grpo_trainer
 
 
 def train_arm(recipe: Recipe, run: Run, arm: str, start: str, writing_rm: str = "") -> Path:
     """GRPO on one arm; resumes from the last whole checkpoint.
 
-    Leaves `model/`, `metrics.jsonl` (a row a step) and `completions.jsonl` (what was written, capped by the recipe).
+    Leaves `model/`, `metrics.jsonl` (a row a step), `completions.jsonl` (what was written, capped by the recipe) and
+    `snapshots/<step>` of the policy (every `evaluation.every_steps`).
     """
     if run.finished:
         return run.folder / "model"

@@ -2,7 +2,7 @@
 end with their parent.
 
 Shared by the arms: cold start, Writing RM; corpus -> pack -> pretrain, with what is distilled from one arm packed in.
-Of an arm: samples before, then GRPO or SFT, then samples after.
+Of an arm: samples before, then GRPO or SFT, then samples of the policy during GRPO, and samples after.
 """
 
 import contextlib
@@ -42,6 +42,7 @@ _OF_ARMS = {
     "samples-before": (*_JUDGED, "samples"),
     "grpo": (*_JUDGED, "grpo"),
     "sft": (*_BASE, "sft"),
+    "samples-during": (*_JUDGED, "grpo", "samples", "evaluation"),
     "samples-after": (*_JUDGED, "grpo", "samples"),
 }
 _SPREAD = ("writing-rm", "pretrain", "sft", "grpo")  # the stages that train at scale; the others are one process
@@ -121,8 +122,10 @@ def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
         from lwzlib.grpo import train_arm
 
         return train_arm(run.recipe, run, arm, start, writing_rm)
-    from lwzlib.generate import samples
+    from lwzlib.generate import samples, samples_during
 
+    if stage == "samples-during":
+        return samples_during(run.recipe, run, arm, start, first("grpo").parent, writing_rm)
     return samples(run.recipe, run, arm, start if stage == "samples-before" else
                    str(first(recipe.arm(arm).algorithm)), writing_rm)
 
@@ -146,7 +149,8 @@ def _writing_rm(recipe: Recipe, first) -> str:
 
 
 def arm_stages(recipe: Recipe, arm: str) -> list[str]:
-    return ["samples-before", recipe.arm(arm).algorithm, "samples-after"]
+    during = recipe.arm(arm).algorithm == "grpo" and 0 < recipe.evaluation.every_steps < recipe.grpo.steps
+    return ["samples-before", recipe.arm(arm).algorithm, *["samples-during"] * during, "samples-after"]
 
 
 def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
@@ -177,7 +181,7 @@ def needs(stage: str, recipe: Recipe, arm: str | None = None) -> list[tuple[str,
     start = [("pretrain", arm)] if recipe.arm(arm).start == "continual-pretrain" else base
     if stage == "sft":
         return start + [("distil", arm)] * (asked.sft.data == "made")
-    return [(recipe.arm(arm).algorithm, arm)] * (stage == "samples-after") + start + judge
+    return [(recipe.arm(arm).algorithm, arm)] * (stage in ("samples-during", "samples-after")) + start + judge
 
 
 def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | None = None) -> Run:

@@ -47,11 +47,14 @@ class Settings(Section):
     api_key_env: str = "OPENAI_API_KEY"  # the variable that holds the key; unset for a server that wants none
     endpoint: Literal["chat", "completions"] = "chat"  # completions: a base model, which has no chat template
     sampling: dict[str, Any] = Field({})  # goes into each request: temperature, max_tokens, ...; stop, for a base model
+    json_schema: bool = False  # the endpoint holds the model to the answer's schema (vLLM and some providers can)
     reasks: Count = 2  # times that an answer which is not valid is sent back with its error
     concurrency: Positive = 8  # requests at once
     requests_per_minute: Count = 0  # 0 = no limit
     timeout_s: Annotated[float, Field(gt=0)] = 300.0  # of one request
     patience_s: Annotated[float, Field(gt=0)] = 900.0  # of one reply, with all tries and waits
+    usd_per_million_read: Annotated[float, Field(ge=0)] = 0.0  # tokens; the price, to tell the cost; 0 = not known
+    usd_per_million_written: Annotated[float, Field(ge=0)] = 0.0
     budget_requests: Count = 0  # of one `Spent`, every try counted; 0 = no limit
     budget_tokens: Count = 0  # read and written; what is in flight when it is reached still comes
 
@@ -84,13 +87,18 @@ class Spent:
     cached: int = 0  # replies that had been paid for before
     tokens: int = 0  # read and written
     written: int = 0  # tokens of the replies
+    usd: float = 0.0  # of the tokens, at the settings' prices
+    replies: int = 0
+    waited_s: float = 0.0  # for all replies together
     began: float = dataclasses.field(default_factory=time.monotonic)
     said_at: float = dataclasses.field(default_factory=time.monotonic)
     next_at: float = float("-inf")  # when requests_per_minute allows another request
 
     def __str__(self) -> str:
-        return (f"{self.requests:,} requests, {self.cached:,} replies from the cache, {self.tokens:,} tokens, "
-                f"{time.monotonic() - self.began:,.0f} s")
+        cost = f" for {self.usd:,.2f} USD" if self.usd else ""
+        pace = f" ({self.waited_s / self.replies:.1f} s a reply)" if self.replies else ""
+        return (f"{self.requests:,} requests, {self.cached:,} replies from the cache, {self.tokens:,} tokens{cost}, "
+                f"{time.monotonic() - self.began:,.0f} s{pace}")
 
     def say(self, text: str, every_s: float = 10) -> None:
         if time.monotonic() - self.said_at >= every_s:
@@ -168,12 +176,13 @@ async def _answer(request: Request, s: Settings, post, rows: dict, cache: Path,
                   spent: Spent) -> BaseModel | Written | NoAnswer:
     turns = (("user", request.prompt),) if isinstance(request.prompt, str) else request.prompt
     messages = asked = [{"role": role, "content": text} for role, text in turns]
+    sampling = s.sampling | (_held_to(request.answer) if s.json_schema and request.answer is not Written else {})
     for attempt in range(s.reasks + 1):
-        content = [s.model, s.endpoint, s.sampling, asked, request.sample, attempt]
+        content = [s.model, s.endpoint, sampling, asked, request.sample, attempt]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         spent.cached += key in rows
         if key not in rows:
-            reply = await post(asked)
+            reply = await post(asked, sampling)
             if isinstance(reply, NoAnswer):
                 return reply
             rows[key] = {"key": key} | reply
@@ -192,9 +201,14 @@ async def _answer(request: Request, s: Settings, post, rows: dict, cache: Path,
     return NoAnswer(f"{s.reasks + 1} answers, none valid; of the last, {said[:200]!r}: {problem}")
 
 
+def _held_to(answer: type[BaseModel]) -> dict:
+    return {"response_format": {"type": "json_schema",
+                                "json_schema": {"name": "answer", "schema": answer.model_json_schema(), "strict": True}}}
+
+
 @contextlib.asynccontextmanager
 async def _endpoint(s: Settings, spent: Spent):
-    """post(messages) -> {text, finish, tokens}, or NoAnswer where the endpoint refuses this question."""
+    """post(messages, sampling) -> {text, finish, tokens}, or NoAnswer where the endpoint refuses this question."""
     secret = os.environ.get(s.api_key_env, "")
     if not re.fullmatch("[!-~]*", secret):
         raise LLMError(f"{s.api_key_env} must be printable ASCII without spaces or line ends")
@@ -202,7 +216,7 @@ async def _endpoint(s: Settings, spent: Spent):
     def hidden(text: str) -> str:  # some servers repeat the key; a short one, such as EMPTY, is no secret
         return text.replace(secret, "***") if len(secret) >= 8 else text
 
-    async def once(messages):
+    async def once(messages, sampling):
         if s.requests_per_minute:
             spent.next_at = max(time.monotonic(), spent.next_at + 60 / s.requests_per_minute)
             await asyncio.sleep(spent.next_at - time.monotonic())
@@ -212,8 +226,9 @@ async def _endpoint(s: Settings, spent: Spent):
                                "command goes on from here, with the same budget again")
         spent.requests += 1
         asked = {"messages": messages} if s.endpoint == "chat" else {"prompt": "\n\n".join(m["content"] for m in messages)}
-        body = json.dumps(s.sampling | {"model": s.model} | asked, ensure_ascii=False)
+        body = json.dumps(sampling | {"model": s.model} | asked, ensure_ascii=False)
         body = json.loads(body.encode("utf-8", "replace"))  # a lone surrogate, which no tokenizer takes, becomes `?`
+        sent_at = time.monotonic()
         try:
             async with asyncio.timeout(s.timeout_s):
                 said = await client.post(_PATHS[s.endpoint], body=body, cast_to=str)
@@ -232,14 +247,17 @@ async def _endpoint(s: Settings, spent: Spent):
         reply = _reply(hidden(said), s)
         spent.tokens += reply["tokens"]
         spent.written += reply["written"]
+        spent.replies, spent.waited_s = spent.replies + 1, spent.waited_s + time.monotonic() - sent_at
+        spent.usd += ((reply["tokens"] - reply["written"]) * s.usd_per_million_read
+                      + reply["written"] * s.usd_per_million_written) / 1e6
         return reply
 
-    async def post(messages):
+    async def post(messages, sampling):
         retrying = AsyncRetrying(retry=retry_if_exception_type(_Unavailable), stop=stop_before_delay(s.patience_s),
                                  wait=lambda state: state.outcome.exception().args[1] + _backoff(state), reraise=True,
                                  before_sleep=lambda state: spent.say(f"waiting: {state.outcome.exception().args[0]}"))
         try:
-            return await retrying(once, messages)
+            return await retrying(once, messages, sampling)
         except _Unavailable as error:
             raise LLMError(f"{s.base_url}: no reply within patience_s = {s.patience_s:g}; last: {error.args[0]}") from None
 

@@ -30,7 +30,7 @@ def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[
             for arm, asked in recipe.arms.items() if asked.algorithm == "grpo"]
     pretrained = any(arm.start == "continual-pretrain" for arm in recipe.arms.values())
     compared = ["06_think_vs_nothink", *["07_continual_pretraining"] * pretrained,
-                *["08_sft_vs_rl"] * any(arm.algorithm == "sft" for arm in recipe.arms.values())]
+                *["08_sft_vs_rl"] * any(arm.algorithm == "sft" for arm in recipe.arms.values()), "09_evaluate"]
     return [*once, *arms, *(Step(name, name, common) for name in compared)]
 
 

@@ -218,6 +218,13 @@ class Samples(Section):
     stop: list[str]
 
 
+class Evaluation(Section):
+    """How the arena rates what was written for the held-out queries."""
+
+    every_steps: Count  # RL steps between two ratings of the policy; 0 = before and after RL alone
+    tie_margin: Annotated[float, Field(ge=0)]  # Writing RM scores that differ by no more are a tie
+
+
 class Arm(Section):
     """`change` sets other quantities for this arm alone: {reward.weights.format: 0.0}."""
 

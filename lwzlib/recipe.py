@@ -41,6 +41,7 @@ class Recipe(q.Section):
     pretrain: q.Pretrain
     sft: q.Sft
     samples: q.Samples
+    evaluation: q.Evaluation
     distributed: q.Distributed
     vllm: q.Vllm
     arms: dict[str, q.Arm] = Field(min_length=1)

@@ -124,16 +124,22 @@ class WritingReward:
     def score(self, texts: list[tuple[str, str]]) -> list[float]:
         """(query, answer) pairs, none of the answers empty."""
         if self.url:
-            identity = _info(self.folder)["identity"]
-            return rm_client.remote_scores(self.url, texts, self.patience_s, identity=identity)
+            return rm_client.remote_scores(self.url, texts, self.patience_s, identity=self.identity)
         return _scorer(self.folder, self.dtype, self.attention)(texts)
+
+    @property
+    def identity(self) -> str:
+        return _info(self.folder)["identity"]
+
+    def of_answers(self, texts: list[tuple[str, str]]) -> list[float]:
+        """As `score`, where an answer may be empty."""
+        written = [text for text in texts if text[1]]
+        values = iter(self.score(written) if written else [])
+        return [next(values) if answer else _info(self.folder)["floor"] for _, answer in texts]
 
     def __call__(self, completions, style, query, **_) -> list[float]:
         answers = [parse(completion_text(c), s).answer for c, s in zip(completions, style, strict=True)]
-        written = [i for i, answer in enumerate(answers) if answer]
-        values = self.score([(query[i], answers[i]) for i in written]) if written else []
-        found = dict(zip(written, values, strict=True))
-        return [found[i] if i in found else _info(self.folder)["floor"] for i in range(len(answers))]
+        return self.of_answers(list(zip(query, answers, strict=True)))
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.text import simplify_text
-from datatrove.utils.word_tokenizers import WordTokenizer
+from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 from lwzlib import corpus, data, executors, models
 from lwzlib.quantities import Source
@@ -43,16 +43,11 @@ _SAMPLE_CHARS = 2_000  # of a document, by which its language is told
 _DEDUP = MinhashConfig()  # 5-grams, 14 buckets of 8 hashes: two texts with Jaccard 0.8 are found in 92% of cases
 
 
-class Words(WordTokenizer):
+class Words(WhitespaceTokenizer):
     """The kit's words for datatrove, which knows English and Chinese ones only with models that must be fetched."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return split_words(text)
-
-    def sent_tokenize(self, text: str) -> list[str]:
-        raise NotImplementedError("no step here asks for sentences")
-
-    span_tokenize = sent_tokenize
 
 
 class Keep(BaseFilter):
@@ -60,9 +55,9 @@ class Keep(BaseFilter):
 
     name = "keep"
 
-    def __init__(self, sources: list[Source], parts: int, min_words: int, max_words: int):
+    def __init__(self, sources: list[Source], min_words: int, max_words: int):
         super().__init__()
-        self.languages = {source.at: source.language for source in sources}
+        self.languages = [source.language for source in sources]  # by number: a folder may be named once for each language
         self.bounds = min_words, max_words
 
     def filter(self, document: Document):
@@ -124,7 +119,7 @@ def prepare(recipe: Recipe, run: Run) -> Path:
     asked = recipe.corpus
     with run.work():
         prompts = [q.query for q in data.load(recipe.data.heldout)]
-        filters = [Keep(asked.sources, asked.parts, asked.min_words, asked.max_words),
+        filters = [Keep(asked.sources, asked.min_words, asked.max_words),
                    Decontaminate(prompts, asked.decontaminate_words)]
         tokenise(recipe, [source.at for source in asked.sources], run.folder, filters, asked.heldout_share)
         rows = report(recipe, run.folder)
@@ -142,9 +137,8 @@ def tokenise(recipe: Recipe, sources: list[str], folder: Path, filters: list | N
     tasks = len(sources) * parts
 
     def read(_, rank, world):
-        source = sources[rank // parts]
-        for name, text in corpus.texts(source, rank % parts, parts):
-            yield Document(clean(text) if filters else text, name, metadata={"source": source})
+        for name, text in corpus.texts(sources[rank // parts], rank % parts, parts):
+            yield Document(clean(text) if filters else text, name, metadata={"source": rank // parts})
 
     def hold_out(documents, rank, world):
         with (folder / "heldout" / f"{rank:05d}.jsonl").open("w", encoding="utf-8") as file:

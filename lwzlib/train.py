@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -66,6 +67,25 @@ def resumed(run: Run, *names: str) -> str | None:
     status = run.status
     run.rewind(status.get("checkpoint_step", 0), *names)
     return str(run.folder / "checkpoints" / status["checkpoint"]) if "checkpoint" in status else None
+
+
+class Snapshots(TrainerCallback):
+    """Keeps the policy every so many steps, to be rated later: the weights that are trained, nothing of the optimiser."""
+
+    def __init__(self, trainer, run: Run, every_steps: int):
+        self.trainer, self.folder, self.every_steps = trainer, run.folder / "snapshots", every_steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every_steps and state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
+            self.trainer.save_model(str(self.folder / str(state.global_step)))
+
+
+def load_snapshot(recipe: Recipe, folder: Path, start: str):
+    """(model, tokenizer) of a snapshot; an adapter is merged into the model `start`, on which it was trained."""
+    if not (folder / "adapter_config.json").exists():
+        return load(recipe, str(folder))
+    model, tokenizer = load(recipe, start)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload(), tokenizer
 
 
 def go(trainer, checkpoint: str | None = None):

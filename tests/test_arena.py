@@ -49,7 +49,7 @@ def test_public_form_is_read_however_it_holds_the_six_baselines(tmp_path):
 
 
 @pytest.mark.parametrize(("row", "reason"), [
-    ({"idx": 1}, "line 1: question: Field required"), ({"idx": 1, "question": ""}, "line 1: question: String should have"),
+    ({"idx": 1}, "line 1: question: Field required"), ({"idx": 1, "question": ""}, "line 1: question = '': String should have"),
     ({"idx": 1, "question": EN, "baseline_response": "one text"}, "must be {model: text} or a list"),
     ({"idx": 1, "question": EN, "baseline_response": {"m": 5}}, "must be {model: text} or a list"),
     ({"idx": 1, "question": EN, "baseline_response": "5"}, "must be {model: text} or a list"),
@@ -197,8 +197,8 @@ def test_recorded_judgments_are_held_to_the_schema(tmp_path):
     append_rows(path, [row, row | {"judge": "human 2", "winner": None}])
     assert arena.recorded(path).winner.tolist() == ["tie", None]
     for wrong, reason in ((row, "line 3: 1 / a / b / human 1 was judged before"), (row | {"second": "a"}, "plays itself"),
-                          (row | {"winner": "A", "judge": "x"}, "line 3: winner: Input should be"),
-                          (row | {"time": 3, "judge": "x"}, "line 3: time: Extra inputs")):
+                          (row | {"winner": "A", "judge": "x"}, "line 3: winner = 'A': Input should be"),
+                          (row | {"time": 3, "judge": "x"}, "line 3: time = 3: Extra inputs")):
         write_rows(path, [row, row | {"judge": "human 2"}, wrong])
         with pytest.raises(DataError) as error:
             arena.recorded(path)

@@ -329,7 +329,7 @@ def test_what_a_stage_needs_is_what_it_asks_for(name, tmp_path, monkeypatch):
 
 
 _WORK = {"pretrain": ["cold_start", "pretrain"], "reward_model": ["train_rm"], "sft": ["train_sft"], "grpo": ["train_arm"],
-         "distil": ["distil"], "shards": ["prepare"], "packing": ["pack"], "generate": ["samples"]}
+         "distil": ["distil"], "shards": ["prepare"], "packing": ["pack"], "generate": ["samples", "samples_during"]}
 
 
 def test_interrupted_is_no_failure():

@@ -37,7 +37,7 @@ def test_arena_judges_every_pair_in_both_orders_and_elo_reads_the_file(run_dir):
     said = lwz("arena", run_dir, "--anchor", "plain before")
     judgments = read_rows(run_dir / "arena.jsonl")
     assert len(judgments) == 6 * 2 * 5 and {row["winner"] for row in judgments} <= {"first", "second", "tie"}
-    assert "The judge is the Writing RM that the arms were trained on" in said and "plain before = 1000" in said
+    assert "it shows what they learnt, not how" in said and "plain before = 1000" in said
     again = lwz("elo", run_dir / "arena.jsonl", "--anchor", "plain before")
     assert said.endswith(again), "the same table from the recorded judgments"
     rated = elo.ratings(arena.recorded(run_dir / "arena.jsonl"), "plain before").table

@@ -9,7 +9,7 @@ import yaml
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from lwzlib import figures, report
+from lwzlib import figures, intervals, report
 from lwzlib.runs import RunError, write_rows
 
 RESULTS = Path(__file__).resolve().parent.parent / "figures" / "results"
@@ -54,7 +54,12 @@ def sampled(folder, arm, algorithm, start, **lengths):
         stage = folder / arm / f"samples-{phase}"
         stage.mkdir(parents=True)
         (stage / "recipe.yaml").write_text(yaml.safe_dump(
-            {"seed": 3, "inputs": {"algorithm": algorithm, "start": start, "prompt": "direct"}}))
+            {"seed": 3, "model": {"name": "kit:tiny"}, "inputs": {"algorithm": algorithm, "start": start, "prompt": "direct"}}
+            | ({"grpo": {"steps": 8}} if phase == "after" else {})))
+        (stage / "status.json").write_text(json.dumps({"fingerprint": "f", "state": "finished", "wall_s": 12.5}))
+        (stage / "provenance.json").write_text(json.dumps(
+            {"commit": None, "uncommitted_changes": None, "versions": {"torch": "9.9"}, "python": "3", "hardware": "a desk",
+             "started": "2025-01-01T00:00:00Z"}))
         write_rows(stage / "samples.jsonl", [
             {"step": i, "id": f"q{i}", "query": f"Question {i}?", "word_range": [1, 9], "completion": f"<answer>{arm}</answer>",
              "truncated": False, "answer_words": 1, "think_words": 0, "length": value} for i, value in enumerate(values)])
@@ -74,6 +79,8 @@ def test_held_out_table_has_both_phases_of_every_arm_with_samples(held_out):
     assert table.groupby(["arm", "phase"]).size().to_dict() == {
         ("base-think", "before"): 3, ("base-think", "after"): 2, ("sft", "before"): 3, ("sft", "after"): 3,
         ("another", "before"): 3}
+    steps = table.groupby(["arm", "phase"]).step.first()
+    assert (steps["base-think", "before"], steps["base-think", "after"]) == (0, 8) and pd.isna(steps["sft", "after"])
     assert table.groupby("arm").algorithm.first().to_dict() == {"sft": "sft", "base-think": "grpo", "another": "grpo"}
     assert table[table.arm == "another"].start.eq("continual-pretrain").all() and table.seed.eq(3).all()
 
@@ -92,9 +99,9 @@ def test_interval_covers_the_true_mean_about_as_often_as_it_says():
     import numpy as np
 
     random = np.random.default_rng(0)
-    ends = [figures.interval(random.normal(2, 1, 40))[1:] for _ in range(60)]
+    ends = [intervals.mean(random.normal(2, 1, 40))[1:] for _ in range(60)]
     assert 0.85 <= np.mean([low < 2 < high for low, high in ends]) <= 1
-    assert np.isnan(figures.interval([0.5])[1:]).all(), "one value has no interval"
+    assert np.isnan(intervals.mean([0.5])[1:]).all(), "one value has no interval"
 
 
 def packed(folder, fraction, shards):
@@ -165,10 +172,6 @@ def test_the_page_shows_arms_without_rl_and_what_was_packed(held_out):
     write_rows(held_out / "pretrain" / "perplexity.jsonl", [
         {"step": 1, "when": "before", "source": "a (en)", "tokens": 9, "perplexity": 31.25},
         {"step": 2, "when": "after", "source": "a (en)", "tokens": 9, "perplexity": None}])
-    (held_out / "sft" / "samples-before" / "provenance.json").write_text(json.dumps(
-        {"commit": None, "uncommitted_changes": None, "versions": {"torch": "9.9"}, "python": "3", "hardware": "a desk",
-         "started": "2025-01-01T00:00:00Z"}))
-    (held_out / "sft" / "samples-before" / "status.json").write_text(json.dumps({"state": "finished", "wall_s": 12.5}))
     page = report.write(held_out).read_text()
     for part in ("No arm was trained", "sft, before", "sft, after", "base-think, after", "Continual pretraining", "31.25",
                  "25.0% of the packed", "+0.100 to +0.100", "12.5", "a desk, Python 3, torch 9.9"):

@@ -61,7 +61,8 @@ def test_answers_stand_in_order_and_what_was_asked_is_never_sent_again(ask, llm_
     assert ask(asked, script, spent) == right
     assert sorted(sent(llm_server)) == sorted(request.prompt for request in questions(20))
     assert (spent.requests, spent.cached, spent.tokens) == (20, 0, 200)
-    assert re.fullmatch(r"asked 20/20: 20 requests, 0 replies from the cache, 200 tokens, \d+ s\n", capsys.readouterr().out)
+    assert re.fullmatch(r"asked 20/20: 20 requests, 0 replies from the cache, 200 tokens, "
+                        r"\d+ s \(\d+\.\d s a reply\)\n", capsys.readouterr().out)
     spent = llm.Spent()
     assert ask(asked, {}, spent, base_url="http://127.0.0.1:9/elsewhere") == right
     assert (spent.requests, spent.cached) == (0, 20)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import browser
 import nbformat
+import papermill
 import pytest
 
 from lwzlib import pipeline, recipe, report
+from lwzlib.evaluate import arena, judges
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,6 +61,21 @@ def test_misspelt_quantity_is_refused_before_anything_runs(tmp_path):
     done = lwz("run", "nano", "--run-dir", tmp_path / "x", "-s", "grpo.stepz=5")
     assert done.returncode == 1 and "did you mean 'grpo.steps'" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_evaluation_takes_another_judge_and_another_model(smoke_run, llm_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    llm_server.script({"<request>": [{"text": '{"winner": "A", "reason": "It comes first."}'}]})
+    out = tmp_path / "out.ipynb"
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "09_evaluate.ipynb", out, kernel_name="python3", cwd=ROOT / "notebooks", progress_bar=False,
+        parameters={"recipe": "smoke", "run_dir": str(smoke_run), "model": "kit:tiny", "judge_model": "m",
+                    "judge_base_url": llm_server.url})
+    said = "".join(str(output) for cell in nbformat.read(out, 4).cells for output in cell.get("outputs", []))
+    judgments = arena.recorded(smoke_run / "arena.jsonl")
+    assert set(judgments.judge) == {"m"} and "kit:tiny" in set(judgments["first"]) and "judge: m" in said
+    assert len(judgments) == 2 * 2 * 15, "both orders of six players' pairs on two queries"
+    assert judges.position_bias(judgments).value == 1, "the first place always won, and the notebook would say so"
 
 
 def test_notebooks_are_stripped_short_and_parameterised():

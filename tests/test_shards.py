@@ -87,6 +87,9 @@ def test_near_copies_are_found_across_sources_and_languages_have_their_own(folde
     rows = json.loads((prepared(r, tmp_path / "run") / "report.json").read_text())
     assert [row["other_language"] for row in rows] == [1, 1, 0]
     assert sum(row["copies"] for row in rows) == 1 and sum(row["kept"] for row in rows) == 2
+    rows = [json.loads(line) for path in sorted((tmp_path / "run" / "corpus" / "clean").iterdir()) for line in path.open()]
+    # Of the folder's two documents the first source took the English one, the second the Chinese one.
+    assert [row["id"].rpartition("/")[2] for row in rows] == ["b", "a", "again"]
 
 
 def test_held_out_documents_are_not_trained_on(smoke, tmp_path):

@@ -1,8 +1,8 @@
-"""Commands of the evaluations, under `lwz`: arena, elo, rate, unblind."""
+"""Commands of the evaluations, under `lwz`: generate, judge, aggregate, arena, elo, rate, unblind."""
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -10,42 +10,125 @@ from rich.table import Table
 
 app = typer.Typer()
 out = Console()
+Bench = Annotated[str, typer.Argument(help="writingbench or longbench.")]
+Source = Annotated[str, typer.Option(help="The benchmark's file or hub:<dataset>, where the kit does not bring it along.")]
 RunDir = Annotated[Path, typer.Argument(help="A run folder whose arms have held-out samples.")]
 Anchor = Annotated[str, typer.Option(help="Who stands at 1000; default: the first by name.")]
+BaseUrl = Annotated[str, typer.Option(help="A language model at this OpenAI-compatible address.")]
+ModelName = Annotated[str, typer.Option(help="Its name there.")]
+KeyEnv = Annotated[str, typer.Option(help="Name of the variable that holds the key.")]
+Requirements = Annotated[str, typer.Option(help="WritingBench's folder of style, format and length subsets.")]
+Asking = Annotated[list[str] | None, typer.Option(
+    "--set", "-s", help="How it is asked: concurrency=64, budget_requests=1000, sampling.temperature=0, ...; repeatable")]
+
+
+def _settings(base_url: str, model: str, api_key_env: str, sets: list[str] | None):
+    from lwzlib import llm
+    from lwzlib.recipe import assigned
+
+    given = assigned(sets)
+    sampling = {name.removeprefix("sampling."): value for name, value in given.items() if name.startswith("sampling.")}
+    others = {name: value for name, value in given.items() if not name.startswith("sampling.")}
+    return llm.configure(base_url=base_url, model=model, api_key_env=api_key_env, sampling=sampling, **others)
 
 
 @app.command()
-def arena(run_dir: RunDir, anchor: Anchor = "",
+def generate(bench: Annotated[str, typer.Argument(help="writingbench, longbench, arena, or queries (the kit's held-out).")],
+             model: Annotated[str, typer.Argument(help="A folder, kit:<name>, a hub name, or its name at --base-url.")],
+             to: Annotated[Path, typer.Option(help="The responses; what is known of each goes to <to>.rows.jsonl.")],
+             source: Source = "", engine: Literal["transformers", "vllm", "server"] = "transformers",
+             style: Annotated[Literal["think", "direct", "bare"], typer.Option(help="bare: the request alone.")] = "bare",
+             frame: Annotated[Literal["chat", "plain"], typer.Option(help="plain: a base model.")] = "chat",
+             batch: int = 8, seed: int = 0, base_url: BaseUrl = "", api_key_env: KeyEnv = "OPENAI_API_KEY",
+             decoding: Annotated[list[str] | None, typer.Option(
+                 help="Another decoding than the benchmark's: max_new_tokens=2000; repeatable")] = None,
+             sets: Asking = None):
+    """Write a model's completions of a benchmark's requests, with the benchmark's sampling; the same command goes on."""
+    from lwzlib import engines
+    from lwzlib.evaluate import benches
+    from lwzlib.recipe import assigned
+
+    made = {"transformers": lambda: engines.transformers(model, "bfloat16", "sdpa", batch),
+            "vllm": lambda: engines.vllm(model, dtype="bfloat16"),
+            "server": lambda: engines.server(_settings(base_url, model, api_key_env, sets), to.with_suffix(".replies.jsonl"))}
+    rows = benches.generate(bench, source, made[engine](), style, frame, to, seed, assigned(decoding))
+    cut, refused = (sum(bool(row[what]) for row in rows) for what in ("truncated", "error"))
+    out.print(f"{to}: {len(rows) - refused} responses, {cut} of them truncated; {refused} requests refused", highlight=False)
+
+
+@app.command()
+def judge(bench: Bench, responses: Path, to: Annotated[Path, typer.Option(help="The score file.")],
+          base_url: BaseUrl, model: ModelName, source: Source = "",
+          samples: Annotated[int, typer.Option(help="Judgments of the same.")] = 1, requirements: Requirements = "",
+          api_key_env: KeyEnv = "OPENAI_API_KEY", sets: Asking = None):
+    """Let a language model score responses, by the benchmark's own protocol, into its own score file; then aggregate. The
+    same command goes on where it stopped, and asks nothing again that was answered."""
+    from lwzlib.evaluate import shared
+
+    module, items = _protocol(bench, source)
+    answers = shared.responses(responses, items)
+    settings = _settings(base_url, model, api_key_env, sets)
+    _, missing = asyncio.run(module.judge(settings, items, answers, to, samples))
+    out.print(f"{to}: {len(answers)} responses judged; {len(missing)} judgments had no valid answer", highlight=False)
+    aggregate(bench, to, source, responses, requirements)
+
+
+@app.command()
+def aggregate(bench: Bench, scores: Path, source: Source = "",
+              responses: Annotated[Path | None, typer.Option(help="For LongBench-Write's length score.")] = None,
+              requirements: Requirements = ""):
+    """A score file's table, with 95% intervals over queries: the benchmark's scores and those of its parts."""
+    from lwzlib.evaluate import shared
+    from lwzlib.evaluate.writingbench import requirements as required
+
+    module, items = _protocol(bench, source)
+    given = module.scores(scores, items)
+    if bench == "writingbench":
+        table = module.table(items, given, required(requirements, items) if requirements else None)
+    else:
+        table = module.table(items, shared.responses(responses, items) if responses else {}, given)
+    shown = Table(*table.columns, title=f"{bench}: {scores}")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
+    out.print(shown)
+
+
+def _protocol(bench: str, source: str):
+    """(module, items) of a benchmark whose responses are scored one by one."""
+    from lwzlib.data import DataError
+    from lwzlib.evaluate import benches, longbench, writingbench
+
+    modules = {"writingbench": writingbench, "longbench": longbench}
+    if bench not in modules:
+        raise DataError(f"responses of {bench!r} are not scored one by one; {' and '.join(modules)} are, `lwz arena` compares")
+    return modules[bench], benches.named(bench, source)[1]
+
+
+@app.command()
+def arena(source: Annotated[str, typer.Argument(help="A run folder with samples, or Arena-Write's file or hub:<...>.")],
+          anchor: Anchor = "",
+          player: Annotated[list[str] | None, typer.Option(help="name=FILE of `lwz generate`: one more; repeatable")] = None,
+          to: Annotated[Path | None, typer.Option(help="The judgments; default: arena.jsonl, in the run folder.")] = None,
           writing_rm: Annotated[str, typer.Option(help="Judge by score: a Writing RM's folder. Default: the run's own.")] = "",
           margin: Annotated[float, typer.Option(help="Scores that differ by no more are a tie.")] = 0.1,
-          base_url: Annotated[str, typer.Option(help="Judge by a language model at this OpenAI-compatible address.")] = "",
-          model: Annotated[str, typer.Option(help="Its name there.")] = "",
-          api_key_env: Annotated[str, typer.Option(help="Name of the variable that holds the key.")] = "OPENAI_API_KEY",
-          budget_requests: Annotated[int, typer.Option(help="Stop after so many; 0 = no limit.")] = 0):
-    """Judge every pair of arms on the held-out queries, in both orders; Elo with intervals. Judgments go to arena.jsonl."""
-    from lwzlib import llm
+          base_url: BaseUrl = "", model: ModelName = "", api_key_env: KeyEnv = "OPENAI_API_KEY", sets: Asking = None):
+    """Judge every pair of models on the requests, in both orders; Elo with intervals."""
     from lwzlib.evaluate import arena as arenas
+    from lwzlib.recipe import assigned
 
-    made = arenas.of_samples(arenas.of_run(run_dir))
-    asked = arenas.matches(made)
+    run = Path(source) if Path(source).is_dir() else None
+    made = arenas.of_samples(arenas.of_run(run)) if run else arenas.read(source)
+    for name, file in assigned(player).items():
+        made = made.joined_by(name, arenas.player(file, made))
+    to = to or (run or Path()) / "arena.jsonl"
     if base_url:
-        settings = llm.configure(base_url=base_url, model=model, api_key_env=api_key_env, budget_requests=budget_requests)
-        judgments = asyncio.run(arenas.judged_by_llm(made, asked, settings, run_dir / "arena.replies.jsonl"))
+        settings = _settings(base_url, model, api_key_env, sets)
+        judgments = asyncio.run(arenas.judged_by_llm(made, arenas.matches(made), settings, to.with_suffix(".replies.jsonl")))
     else:
-        from lwzlib.reward_model import Scorer
-
-        scorer = Scorer(writing_rm or run_dir / "writing-rm" / "model", "bfloat16", "sdpa")
-        floor = scorer.info["floor"]  # an empty answer has no score of its own
-
-        def score(texts):
-            found = iter(scorer([pair for pair in texts if pair[1]]))
-            return [next(found) if answer else floor for _, answer in texts]
-
-        judgments = arenas.judged_by_scores(asked, arenas.score(made, score), f"Writing RM {scorer.info['identity'][:12]}",
-                                            margin)
-        out.print("The judge is the Writing RM that the arms were trained on: it shows what they learnt, not how well they "
-                  "write.")
-    arenas.save(run_dir / "arena.jsonl", judgments)
+        judgments = arenas.judged_by_writing_rm(made, writing_rm or (run or Path()) / "writing-rm" / "model", margin)
+        out.print("The judge is a Writing RM. Of the arms that were trained on it, it shows what they learnt, not how "
+                  "well they write.")
+    arenas.save(to, judgments)
     _ratings(judgments, anchor)
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from lwzlib.intervals import percentiles, ratio, resample
+
 STEP = r"(?P<arm>.+)@(?P<step>\d+)"  # how a model's name carries its RL step: base-think@20
 ANCHOR_ELO = 1000.0
 ELO_PER_LOGIT = 400 / np.log(10)
@@ -70,11 +72,7 @@ def over_queries(queries, values, resamples: int, seed: int, level: float = 0.95
     known = ~np.isnan(values)
     codes, different = pd.factorize(np.asarray(queries, object)[known], sort=True)
     sums, counts = np.bincount(codes, values[known], len(different)), np.bincount(codes, minlength=len(different))
-    low, high = np.nan, np.nan
-    if len(different) > 1:
-        weights = resample(len(different), resamples, seed)
-        low, high = percentiles((weights @ sums) / (weights @ counts), level)
-    return float(sums.sum() / counts.sum()) if len(different) else np.nan, float(low), float(high)
+    return ratio(sums, counts, resamples, seed, level)
 
 
 def points_of(judgments: pd.DataFrame) -> np.ndarray:
@@ -184,18 +182,6 @@ def bootstrap(points: np.ndarray, statistic: Callable, resamples: int, seed: int
     flat, weights = points.reshape(queries, -1), resample(queries, resamples, seed)
     chunks = np.array_split(weights, max(1, resamples * players**2 // _CELLS))
     return np.concatenate([statistic((some @ flat).reshape(-1, players, players)) for some in chunks])
-
-
-def resample(queries: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each query is drawn: (resamples, queries), rows sum to `queries`."""
-    return np.random.default_rng(seed).multinomial(queries, np.full(queries, 1 / queries), size=resamples).astype(float)
-
-
-def percentiles(drawn: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) over the first axis, at order statistics; NaN counts as -inf for low and +inf for high."""
-    tail = (1 - level) / 2
-    low = np.quantile(np.where(np.isnan(drawn), -np.inf, drawn), tail, axis=0, method="lower")
-    return low, np.quantile(np.where(np.isnan(drawn), np.inf, drawn), 1 - tail, axis=0, method="higher")
 
 
 def _strengths(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

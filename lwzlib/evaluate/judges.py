@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lwzlib import intervals
 from lwzlib.evaluate import elo
 from lwzlib.evaluate.elo import ArenaError, over_queries, points_by_query, points_of
 
@@ -39,7 +40,7 @@ def kappa(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, seed: i
     counts = np.zeros((len(queries), 3, 3))
     np.add.at(counts, (codes, *(both[side].map(_CLASSES.index) for side in ("winner_one", "winner_other"))), 1)
     value = float(_kappa(counts.sum(0)))
-    drawn = _kappa((elo.resample(len(queries), resamples, seed) @ counts.reshape(-1, 9)).reshape(-1, 3, 3))
+    drawn = _kappa((intervals.resample(len(queries), resamples, seed) @ counts.reshape(-1, 9)).reshape(-1, 3, 3))
     return _estimate(value, drawn, len(both), len(queries), "each judge gives one answer only: kappa is not defined")
 
 
@@ -64,7 +65,7 @@ def _estimate(value: float, drawn: np.ndarray, n: int, queries: int, undefined: 
     drawn = drawn[~np.isnan(drawn)]
     if np.isnan(value) or queries < 2 or not len(drawn):
         return Estimate(value, np.nan, np.nan, n, undefined if np.isnan(value) else "one query only: no interval")
-    return Estimate(value, *map(float, elo.percentiles(drawn, 0.95)), n)
+    return Estimate(value, *map(float, intervals.percentiles(drawn, 0.95)), n)
 
 
 def kendall(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> Estimate:

@@ -1,15 +1,22 @@
-"""What the benchmarks have in common: rows under an index, the text that is judged, asking the judge, intervals."""
+"""What the benchmarks have in common: rows under an index, the text that is judged, asking the judge."""
 
 import re
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel, Field
 
 from lwzlib import llm
 from lwzlib.data import DataError, rows_of, validated
 from lwzlib.runs import write_rows
 from lwzlib.text import parse
+
+MATERIAL = """<request>
+{query}
+</request>
+
+<response>
+{response}
+</response>"""  # for a judge
 
 
 class Indexed(BaseModel):
@@ -75,16 +82,3 @@ async def judged(settings: llm.Settings, sampling: dict, asked: dict, out: Path,
     missing = [{"asked": list(what), "why": str(answer)} for what, answer in said.items() if isinstance(answer, llm.NoAnswer)]
     write_rows(out.with_suffix(".missing.jsonl"), missing)
     return {what: answer for what, answer in said.items() if not isinstance(answer, llm.NoAnswer)}, missing
-
-
-def ratio(parts: list[tuple[float, float]], resamples: int = 5000) -> tuple[float, float, float]:
-    """sum of numerators / sum of denominators, one pair a query, with its 95% percentile bootstrap interval over queries
-    (seeded). NaN where there is no query, and for the ends where there are fewer than two, or no resamples."""
-    if not parts:
-        return np.nan, np.nan, np.nan
-    above, below = np.array(parts, dtype=float).T
-    low, high = np.nan, np.nan
-    if len(parts) > 1 and resamples:
-        drawn = np.random.default_rng(0).integers(len(parts), size=(resamples, len(parts)), dtype=np.int32)
-        low, high = np.percentile(above[drawn].sum(axis=1) / below[drawn].sum(axis=1), [2.5, 97.5])
-    return float(above.sum() / below.sum()), float(low), float(high)

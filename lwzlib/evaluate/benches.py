@@ -1,0 +1,67 @@
+"""The benchmarks by name: what each asks, and how its completions are written.
+
+WritingBench names its own sampling. Arena-Write and LongBench-Write name none: theirs is that of LongWriter-Zero's model card.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from lwzlib import data, engines, models
+from lwzlib.data import DataError
+from lwzlib.evaluate import arena, longbench, writingbench
+from lwzlib.prompts import framed
+from lwzlib.quantities import Decoding, Prompt
+from lwzlib.runs import write_rows
+
+_CARD = Decoding(temperature=0.6, top_p=0.95, max_new_tokens=15_500)
+_END = ["</answer>"]
+
+
+class Bench(NamedTuple):
+    """`read`(source) -> {id: item}; `query`, `type`: an item's fields; `source`: what comes with the kit."""
+
+    read: Callable[[str], dict]
+    query: str
+    type: str
+    decoding: Decoding
+    source: str = ""
+
+
+BENCHES = {
+    "writingbench": Bench(writingbench.benchmark, "query", "domain1", writingbench.DECODING),
+    "longbench": Bench(longbench.benchmark, "prompt", "type", _CARD, models.LONGBENCH),
+    "arena": Bench(lambda source: arena.read(source).tasks, "question", "type", _CARD),
+    "queries": Bench(lambda source: {query.id: query for query in data.load(source)}, "query", "type", _CARD, "kit:heldout"),
+}
+
+
+def named(name: str, source: str = "") -> tuple[Bench, dict]:
+    """(benchmark, its items). Raises DataError for an unknown name or a benchmark that the kit does not bring along."""
+    if name not in BENCHES:
+        raise DataError(f"no benchmark {name!r}; there are {', '.join(BENCHES)}")
+    bench = BENCHES[name]
+    if not (source or bench.source):
+        raise DataError(f"{name} does not come with the kit: give --source, its file or hub:<dataset>")
+    return bench, bench.read(source or bench.source)
+
+
+def generate(name: str, source: str, engine: engines.Engine, style: str, frame: str, to: Path, seed: int = 0,
+             change: dict | None = None) -> list[dict]:
+    """Completions of a benchmark's requests: all that is known of each in `<to>.rows.jsonl`, by which an interrupted call goes
+    on, and in `to` what the benchmark reads: {index, response}, or {id, query, type, completion} for the arena.
+
+    `style` bare asks the request alone; think and direct stop at `</answer>`. `change` sets fields of the decoding. A request
+    that a server refused has no response. Raises DataError and what `engines.generate` raises.
+    """
+    bench, items = named(name, source)
+    decoding = Decoding(**bench.decoding.model_dump() | {"stop": [] if style == "bare" else _END} | (change or {}))
+    prompt = Prompt(wording="full", worked_examples=0)
+    asked = [engines.Asked(str(key), getattr(item, bench.query), framed(getattr(item, bench.query), style, frame, prompt))
+             for key, item in items.items()]
+    rows = engines.generate(engine, asked, decoding, to.with_suffix(".rows.jsonl"), seed)
+    written = [(key, item, row) for (key, item), row in zip(items.items(), rows, strict=True) if not row["error"]]
+    write_rows(to, ({"index": key, "response": row["completion"]} if isinstance(key, int) else
+                    {"id": key, "query": row["query"], "type": getattr(item, bench.type), "completion": row["completion"]}
+                    for key, item, row in written))
+    return rows

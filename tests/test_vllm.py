@@ -1,0 +1,86 @@
+"""Generate, judge and aggregate against a real OpenAI-compatible server: vLLM on CPU with the embedded model."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import vllm_cpu
+from typer.testing import CliRunner
+
+from lwzlib import cli
+from lwzlib.evaluate import arena, longbench, writingbench
+from lwzlib.runs import read_rows, write_rows
+
+FOLDER = Path(__file__).resolve().parent.parent / ".venv-vllm"
+pytestmark = pytest.mark.skipif(
+    not (FOLDER / ".ready").exists() and not os.environ.get("LWZ_REQUIRE_VLLM"),
+    reason="needs vLLM on CPU in .venv-vllm: `make vllm-cpu` makes it (3.5 GB)")
+PROMPTS = [("Write a 60-word paragraph about bread.", 60),
+           ("Describe a harbour in 80 words.", 80), ("写一段60字的短文，谈谈春天。", 60)]
+
+
+@pytest.fixture(scope="module")
+def url():
+    with vllm_cpu.serving(vllm_cpu.make(FOLDER)) as address:
+        yield address
+
+
+@pytest.fixture
+def lwz(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, asks=True):
+        server = ["--base-url", url, "-s", "concurrency=4"] if asks else []
+        done = CliRunner().invoke(cli.app, [*words, *server], catch_exceptions=False, env={"COLUMNS": "200"})
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    return run
+
+
+def judging(*more):
+    """The server holds a model of 135M parameters to the schema; without, it says hardly anything valid."""
+    return ("--model", "smollm2", "-s", "json_schema=true", "-s", "sampling.max_tokens=400", "-s", "reasks=1", *more)
+
+
+def writes(name, to, *more):
+    return ("generate", name, "smollm2", "--engine", "server", "--to", to, "--decoding", "max_new_tokens=60", *more)
+
+
+def test_longbench_write_from_requests_to_table(lwz):
+    write_rows(Path("bench.jsonl"), [{"prompt": prompt, "type": "t", "length": words} for prompt, words in PROMPTS])
+    assert "3 responses" in lwz(*writes("longbench", "r.jsonl", "--source", "bench.jsonl"))
+    bench = longbench.benchmark("bench.jsonl")
+    said = lwz("judge", "longbench", "r.jsonl", "--to", "s.jsonl", "--source", "bench.jsonl", *judging())
+    found = longbench.scores("s.jsonl", bench)
+    assert found and len(found) + len(read_rows(Path("s.missing.jsonl"))) == 3, "judged, or counted as missing"
+    assert "S_l" in said and "S_q" in said
+    before = Path("s.replies.jsonl").read_bytes()
+    again = lwz("judge", "longbench", "r.jsonl", "--to", "s.jsonl", "--source", "bench.jsonl", *judging())
+    assert Path("s.replies.jsonl").read_bytes() == before and " 0 requests" in again
+
+
+def test_writingbench_scores_are_in_its_own_format(lwz):
+    criteria = [{"name": name, "criteria_description": f"Is it {name}?"} | {
+        f"{2 * i + 1}-{2 * i + 2}": f"{'not ' * (i < 2)}{name}" for i in range(5)} for name in ("clear", "lively")]
+    write_rows(Path("bench.jsonl"), [{"index": 7, "domain1": "D", "domain2": "d", "lang": "en", "query": PROMPTS[0][0],
+                                      "checklist": criteria}])
+    lwz(*writes("writingbench", "r.jsonl", "--source", "bench.jsonl", "--style", "direct"))
+    assert [row["index"] for row in read_rows(Path("r.jsonl"))] == [7]
+    lwz("judge", "writingbench", "r.jsonl", "--to", "s.jsonl", "--source", "bench.jsonl", *judging("--samples", "3"))
+    found = writingbench.scores("s.jsonl", writingbench.benchmark("bench.jsonl"))
+    given = sum(len(each) for each in found.get(7, {}).values())
+    assert given and given + len(read_rows(Path("s.missing.jsonl"))) == 6, "two criteria, each judged three times"
+    assert "overall" in lwz("aggregate", "writingbench", "s.jsonl", "--source", "bench.jsonl", asks=False)
+
+
+def test_arena_of_a_base_models_texts_and_a_baselines(lwz):
+    baseline = json.dumps({"baseline": "Bread is flour, water and time."})
+    write_rows(Path("bench.jsonl"), [{"idx": i, "question": prompt, "type": "t", "length": words, "baseline_response": baseline}
+                                     for i, (prompt, words) in enumerate(PROMPTS[:2])])
+    lwz(*writes("arena", "mine.jsonl", "--source", "bench.jsonl", "--style", "think", "--frame", "plain"))
+    lwz("arena", "bench.jsonl", "--player", "mine=mine.jsonl", "--anchor", "baseline", *judging())
+    judgments = arena.recorded("arena.jsonl")
+    assert len(judgments) == 4 and set(judgments.judge) == {"smollm2"}
+    assert judgments.winner.notna().any(), "at least one judgment is valid"
