@@ -51,7 +51,7 @@ def pretrain(recipe: Recipe, run: Run, start: str, corpus: Path, packed: Path) -
         trainer = SFTTrainer(model, args=config, train_dataset=sequences, processing_class=tokenizer,
                              callbacks=[train.Rows(run, train.SFT_COLUMNS)])
         if not last:
-            _measure(recipe, run, "before", trainer.model, tokenizer, corpus)
+            trainer.add_callback(train.AtBegin(lambda model: _measure(recipe, run, "before", model, tokenizer, corpus)))
         trained = train.go(trainer, last)
         _measure(recipe, run, "after", trained, tokenizer, corpus)
         train.save(trained, trainer, run)

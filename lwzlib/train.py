@@ -69,6 +69,18 @@ def resumed(run: Run, *names: str) -> str | None:
     return str(run.folder / "checkpoints" / status["checkpoint"]) if "checkpoint" in status else None
 
 
+class AtBegin(TrainerCallback):
+    """Calls `do(model)` when the model lies where it is trained: before, ZeRO-3 has shards of it that nobody can use."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        training = model.training
+        self.do(model.eval())
+        model.train(training)
+
+
 class Snapshots(TrainerCallback):
     """Keeps the policy every so many steps, to be rated later: the weights that are trained, nothing of the optimiser."""
 
