@@ -51,7 +51,7 @@ def show(p: Plan, out: Console) -> list[str]:
         table.add_row("sum", f"{sum(line.value for line in lines):.1f}", "", style="bold")
         out.print(table)
     if time:
-        out.print(f"a step: {time.seconds:.0f} s, {hours(p, 1):.1f} GPU-hours; {r.grpo.steps} steps: "
+        out.print(f"a step: {time.seconds:.0f} s, {hours(p, 1):.2f} GPU-hours; {r.grpo.steps} steps: "
                   f"{time.seconds * r.grpo.steps / 3600:.1f} h, {hours(p, r.grpo.steps):.0f} GPU-hours; bound by "
                   f"{time.bound.name}; of writing {time.tail_s:.0f} s are the length tail, of training {time.waiting_s:.0f} s "
                   "waiting for the longest", highlight=False, soft_wrap=True)

@@ -106,7 +106,7 @@ def step(p: Plan) -> Step:
     served, passes = r.vllm.mode != "none", 4 if r.grpo.gradient_checkpointing else 3
     write, tail = writing_s(p, tokens)
     lines = [("writing", write, f"{p.completions} completions of {tokens.mean():.0f} tokens (longest {tokens.max():.0f}) on "
-              f"{p.copies} copies, up to {max(1, slots(p))} at once each; the slowest copy")]
+              f"{p.copies} {'copy' if p.copies == 1 else 'copies'}, up to {max(1, slots(p))} at once each; the slowest copy")]
     if served:
         size = model.parameters * p.dtype_bytes
         speed = c("sync_gbs") if r.vllm.mode == "server" or r.distributed.zero == 3 else c("nvlink_gbs")
