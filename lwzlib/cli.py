@@ -1,5 +1,5 @@
-"""`lwz`: run, stage, status, corpus, recipe, prepare, doctor, score, hacks, serve-rm, curate, figures, export, claims, report;
-arena, elo, rate, unblind."""
+"""`lwz`: run, stage, status, corpus, recipe, estimate, prepare, doctor, score, hacks, serve-rm, curate, figures, export,
+claims, report; generate, judge, aggregate, arena, elo, rate, unblind."""
 
 import contextlib
 import sys
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lwzlib import recipe as recipes
+from lwzlib import runs
 from lwzlib.evaluate import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -28,7 +29,7 @@ def _resumable():
         yield
     except KeyboardInterrupt:
         print("\ninterrupted; nothing is lost: the same command goes on from the last checkpoint", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(runs.INTERRUPTED) from None
 
 
 @app.command()
@@ -46,12 +47,17 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
           arm: Annotated[str | None, typer.Option(help="For the stages of an arm.")] = None):
     """Do one stage here, after those it needs: cold-start, writing-rm, corpus, distil, pack, pretrain; of an arm:
     samples-before, grpo or sft, samples-during, samples-after. Recipe `-` is read as JSON."""
-    from lwzlib import launch, pipeline
+    from lwzlib import distributed, launch, pipeline
 
     launch.end_with_parent()
     loaded = recipes.Recipe.model_validate_json(sys.stdin.read()) if recipe == "-" else recipes.load(recipe, sets)
-    with _resumable():
-        launch.run_stage(name, loaded, run_dir or pipeline.default_folder(loaded, seed), seed, arm)
+    try:
+        with _resumable():
+            launch.run_stage(name, loaded, run_dir or pipeline.default_folder(loaded, seed), seed, arm)
+    except typer.Exit as end:
+        distributed.leave(end.exit_code)
+        raise
+    distributed.leave()
 
 
 @app.command()
@@ -92,6 +98,23 @@ def show_recipe(name: str, sets: Overrides = None):
         published = paper.get(key)
         table.add_row(key, str(value), str(published), mark, note, style="bold" if value != published else "dim")
     out.print(table, "Bold: departs from the paper. A, B: published. N: not published, chosen by this kit.")
+
+
+@app.command()
+def estimate(recipe: str, sets: Overrides = None,
+             nodes: Annotated[int | None, typer.Option(help="Default: distributed.nodes of the recipe.")] = None,
+             gpus: Annotated[int | None, typer.Option(help="A node; default: distributed.processes of the recipe.")] = None,
+             gpu: Annotated[str, typer.Option(help="h800, h100, h200 or a100.")] = "h800",
+             gpu_gib: Annotated[float | None, typer.Option(help="Memory of a GPU, where it is another.")] = None,
+             mean_tokens: Annotated[float | None, typer.Option(help="Of a completion; default: half of the most.")] = None):
+    """Memory of a GPU, seconds and GPU-hours of GRPO, with the arithmetic. Exit code 1 for a recipe that cannot fit."""
+    from lwzlib import plans
+
+    made = plans.planned(recipe, sets, nodes, gpus, gpu, gpu_gib, mean_tokens)
+    reasons = plans.show(made, out)
+    for reason in reasons:
+        print(f"lwz: recipe {recipe} cannot run on {made.gpus} x {made.gpu.name}: {reason}", file=sys.stderr)
+    raise typer.Exit(int(bool(reasons)))
 
 
 @app.command()

@@ -16,11 +16,11 @@ from datasets import Dataset
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from lwzlib import data, prompts, rewards, train
+from lwzlib import data, distributed, prompts, rewards, serving, train
 from lwzlib.advantage import fuse, no_variance
 from lwzlib.recipe import Recipe
 from lwzlib.rewards import completion_text
-from lwzlib.runs import Run, RunError
+from lwzlib.runs import Run
 from lwzlib.text import count_words, parse
 
 
@@ -86,19 +86,16 @@ class LongWriterGRPOTrainer(GRPOTrainer):
 
 def config(recipe: Recipe, run: Run, components: list[str]) -> GRPOConfig:
     """TRL's configuration for the recipe. Raises RunError if the batch cannot be cut over the processes."""
-    grpo, processes = recipe.grpo, int(os.environ.get("WORLD_SIZE", "1"))
-    completions = grpo.group_size * grpo.queries_per_step
-    if completions % (grpo.micro_batch_completions * processes):
-        raise RunError(f"{completions} completions a step cannot be cut into micro-batches of "
-                       f"{grpo.micro_batch_completions} on {processes} processes; change grpo.queries_per_step")
+    grpo = recipe.grpo
     return GRPOConfig(
         max_steps=grpo.steps, learning_rate=grpo.learning_rate, lr_scheduler_type=grpo.lr_schedule,
         warmup_steps=grpo.warmup_steps, max_grad_norm=grpo.max_grad_norm, loss_type=grpo.loss, epsilon=grpo.clip_eps,
         beta=grpo.kl_beta, num_generations=grpo.group_size, per_device_train_batch_size=grpo.micro_batch_completions,
-        gradient_accumulation_steps=completions // (grpo.micro_batch_completions * processes),
+        gradient_accumulation_steps=distributed.accumulation(recipe, int(os.environ.get("WORLD_SIZE", "1"))),
         max_completion_length=grpo.sampling.max_new_tokens, temperature=grpo.sampling.temperature,
         top_p=grpo.sampling.top_p, reward_weights=[getattr(recipe.reward.weights, name) for name in components],
-        remove_unused_columns=False, **train.checkpoints(grpo.checkpoint_every_steps), **train.arguments(recipe, run))
+        remove_unused_columns=False, **serving.arguments(recipe), **train.checkpoints(grpo.checkpoint_every_steps),
+        **train.arguments(recipe, run))
 
 
 def dataset(recipe: Recipe, style: str, tokenizer) -> Dataset:
@@ -112,15 +109,16 @@ def dataset(recipe: Recipe, style: str, tokenizer) -> Dataset:
 def trainer(recipe: Recipe, run: Run, arm: str, start: str, writing_rm: str = "") -> LongWriterGRPOTrainer:
     """The trainer of an arm, ready to train from the model `start`."""
     set_seed(run.seed)  # LoRA draws its first weights
-    model, tokenizer = train.load(recipe, start)
     components = rewards.build(recipe, writing_rm)
+    args = config(recipe, run, list(components))
+    model, tokenizer = train.load(recipe, start)
 
     def keep(rows):
         step = grpo_trainer.state.global_step + 1
         run.append("completions", *({"step": step} | row for row in rows[: recipe.grpo.kept_completions_per_step]))
 
     grpo_trainer = LongWriterGRPOTrainer(
-        model, list(components.values()), args=config(recipe, run, list(components)), processing_class=tokenizer,
+        model, list(components.values()), args=args, processing_class=tokenizer,
         train_dataset=dataset(recipe, recipe.arm(arm).prompt, tokenizer), callbacks=[train.Rows(run, train.GRPO_COLUMNS)],
         peft_config=train.lora(recipe.grpo.lora),
         advantage=recipe.grpo.advantage, keep=keep)
@@ -139,5 +137,5 @@ def train_arm(recipe: Recipe, run: Run, arm: str, start: str, writing_rm: str = 
     with run.work():
         last = train.resumed(run, "metrics", "completions")
         grpo_trainer = trainer(recipe, run, arm, start, writing_rm)
-        train.save(train.go(grpo_trainer, last), grpo_trainer.processing_class, run)
+        train.save(train.go(grpo_trainer, last), grpo_trainer, run)
     return run.folder / "model"

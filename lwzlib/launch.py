@@ -1,10 +1,11 @@
-"""Stages by name, what each needs, and how they are started: in this process, or as a process of their own that ends
-with its parent.
+"""Stages by name, what each needs, and how they are started: in this process, or as one or many processes of their own that
+end with their parent.
 
 Shared by the arms: cold start, Writing RM; corpus -> pack -> pretrain, with what is distilled from one arm packed in.
 Of an arm: samples before, then GRPO or SFT, then samples of the policy during GRPO, and samples after.
 """
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -12,9 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lwzlib import data
+from lwzlib import data, distributed, serving
 from lwzlib.recipe import Recipe
-from lwzlib.runs import Run, RunError, end_with
+from lwzlib.runs import INTERRUPTED, Interrupted, Run, RunError, end_with, stop_on_signal, write_atomic
 
 _BASE = ("model", "data", "prompt", "cold_start")  # what every trained weight depends on
 _JUDGED = (*_BASE, "writing_rm", "reward")
@@ -44,6 +45,7 @@ _OF_ARMS = {
     "samples-during": (*_JUDGED, "grpo", "samples", "evaluation"),
     "samples-after": (*_JUDGED, "grpo", "samples"),
 }
+_SPREAD = ("writing-rm", "pretrain", "sft", "grpo")  # the stages that train at scale; the others are one process
 _QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 # glibc gives large blocks back to the system at once; every decoding step then asks for them anew.
 # Its OpenMP threads spin while they wait: a short while is enough, and leaves the cores to others.
@@ -167,30 +169,62 @@ def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
     return rows
 
 
+def needs(stage: str, recipe: Recipe, arm: str | None = None) -> list[tuple[str, str | None]]:
+    """(stage, arm) that must be finished before, in this order; those have needs of their own."""
+    asked = recipe.for_arm(arm) if arm else recipe
+    base = [("cold-start", arm)] if asked.cold_start.queries else []
+    judge = [("writing-rm", arm)] if _writing_rm(asked, lambda stage: stage) else []
+    material = {"distil": [("grpo", asked.cot.arm), *judge], "pretrain": [*base, ("corpus", arm), ("pack", arm)],
+                "pack": [("corpus", arm), *[("distil", arm)] * (asked.pretrain.cot_token_fraction > 0)]}
+    if stage in _SHARED:
+        return material.get(stage, [])
+    start = [("pretrain", arm)] if recipe.arm(arm).start == "continual-pretrain" else base
+    if stage == "sft":
+        return start + [("distil", arm)] * (asked.sft.data == "made")
+    return [(recipe.arm(arm).algorithm, arm)] * (stage in ("samples-during", "samples-after")) + start + judge
+
+
 def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | None = None) -> Run:
     """Start a stage as the recipe says, show its lines, and return its Run when it is finished.
 
-    Raises RunError with the last lines of a process that failed. An interrupt ends the process; the next call resumes.
+    `launch` of the recipe: inline (in this process), subprocess, torchrun (`distributed.processes` on this machine) or slurm
+    (on each node of the allocation); the last two spread the stages that train and start what they need first.
+    Raises RunError with the last lines of a process that failed, Interrupted where one was asked to stop. An interrupt ends
+    the processes; the next call resumes.
     """
     run = stage_run(stage, recipe, root, seed, arm)
+    spread = recipe.launch in ("torchrun", "slurm") and stage in _SPREAD
     if run.finished:
         print(f"{stage} of {arm or 'all arms'}: already done in {run.folder}")
     elif recipe.launch == "inline":
         run_stage(stage, recipe, root, seed, arm)
     else:
-        command = [sys.executable, "-m", "lwzlib.cli", "stage", stage, "-", "--run-dir", str(root), "--seed", str(seed)]
-        _stream(command + (["--arm", arm] if arm else []), recipe.model_dump_json())
+        for other in needs(stage, recipe, arm) if recipe.launch != "subprocess" else []:
+            launch(other[0], recipe, root, seed, other[1])
+        start = [str(stage_run(name, recipe, root, seed, of).folder / "model") for name, of in needs(stage, recipe, arm)
+                 if name in ("cold-start", "pretrain")] or [run.recipe.model.name]
+        around = serving.ready(stage, recipe, run.folder, start[0]) if spread else contextlib.nullcontext(([], {}))
+        with around as (before, env):
+            _stream(before + _command(stage, recipe, Path(root), seed, arm, run.folder), env, run)
     return run
 
 
-def _stream(command: list[str], stdin: str) -> None:
+def _command(stage: str, recipe: Recipe, root: Path, seed: int, arm: str | None, folder: Path) -> list[str]:
+    """Do the stage, in a process of its own; the recipe lies in the run's folder, which all nodes see."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("logs/failed-*.json"):
+        old.unlink()
+    write_atomic(folder / "asked.yaml", recipe.model_dump_json())  # JSON is YAML too
+    return [sys.executable, "-m", "lwzlib.cli", "stage", stage, str((folder / "asked.yaml").resolve()), "--run-dir",
+            str(root.resolve()), "--seed", str(seed), *(["--arm", arm] if arm else [])]
+
+
+def _stream(command: list[str], env: dict, run: Run) -> None:
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | _LIBC | _QUIET | {"LWZ_END_WITH": str(os.getpid())})
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | _LIBC | _QUIET | {"LWZ_END_WITH": str(os.getpid())} | env)
     last: list[str] = []
     try:
-        process.stdin.write(stdin)
-        process.stdin.close()
         for line in process.stdout:
             print(line, end="", flush=True)
             last = [*last[-30:], line]
@@ -201,11 +235,20 @@ def _stream(command: list[str], stdin: str) -> None:
     finally:
         process.stdout.close()
         code = process.wait()
+    failed = distributed.failure(run.folder / "logs")
+    if code == INTERRUPTED and not failed:
+        raise Interrupted(f"the stage was asked to stop, and did after step {run.status.get('checkpoint_step', 0)}; the same "
+                          "call goes on from there")
     if code:
-        raise RunError(f"the stage ended with exit code {code}; its last lines:\n{''.join(last)}")
+        if run.status.get("state") in ("running", "interrupted"):  # its main process was ended with the others
+            run.update(state="failed")
+        said = failed or f"its last lines:\n{''.join(last)}"
+        raise RunError(f"the stage ended with exit code {code}; {said}")
 
 
 def end_with_parent() -> None:
-    """In a launched process: leave when the parent is gone, so that a killed notebook leaves nothing running."""
+    """In a launched process: leave when the parent is gone, so that a killed notebook leaves nothing running; save and stop
+    when asked to."""
+    stop_on_signal()
     if parent := int(os.environ.get("LWZ_END_WITH", "0")):
         end_with(parent)

@@ -40,7 +40,6 @@ def pretrain(recipe: Recipe, run: Run, start: str, corpus: Path, packed: Path) -
     with run.work():
         last = train.resumed(run, "metrics")
         run.rewind(len(recipe.corpus.sources) if last else 0, "perplexity")  # what was measured after is measured again
-        model, tokenizer = train.load(recipe, start)
         sequences = concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(packed.glob("*.arrow"))])
         config = SFTConfig(
             num_train_epochs=1, learning_rate=asked.learning_rate, lr_scheduler_type=asked.lr_schedule,
@@ -48,13 +47,14 @@ def pretrain(recipe: Recipe, run: Run, start: str, corpus: Path, packed: Path) -
             gradient_accumulation_steps=asked.batch_sequences // processes, max_length=None, padding_free=True,
             dataset_kwargs={"skip_prepare_dataset": True}, **train.checkpoints(asked.checkpoint_every_steps),
             **train.arguments(recipe, run))
+        model, tokenizer = train.load(recipe, start)
         trainer = SFTTrainer(model, args=config, train_dataset=sequences, processing_class=tokenizer,
                              callbacks=[train.Rows(run, train.SFT_COLUMNS)])
         if not last:
-            _measure(recipe, run, "before", trainer.model, tokenizer, corpus)
+            trainer.add_callback(train.AtBegin(lambda model: _measure(recipe, run, "before", model, tokenizer, corpus)))
         trained = train.go(trainer, last)
         _measure(recipe, run, "after", trained, tokenizer, corpus)
-        train.save(trained, tokenizer, run)
+        train.save(trained, trainer, run)
     return run.folder / "model"
 
 
@@ -111,8 +111,8 @@ def cold_start(recipe: Recipe, run: Run) -> Path:
             warmup_steps=2, per_device_train_batch_size=recipe.cold_start.batch_documents, save_strategy="no",
             max_length=None, **train.arguments(recipe, run))
         rows = train.Rows(run, train.SFT_COLUMNS)
-        train.go(SFTTrainer(model, args=config, train_dataset=documents, processing_class=tokenizer, callbacks=[rows]))
-        train.save(model, tokenizer, run)
+        trainer = SFTTrainer(model, args=config, train_dataset=documents, processing_class=tokenizer, callbacks=[rows])
+        train.save(train.go(trainer), trainer, run)
     return run.folder / "model"
 
 

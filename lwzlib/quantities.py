@@ -238,3 +238,30 @@ class Arm(Section):
         if self.algorithm == "sft" and self.prompt != "direct":
             raise ValueError("an arm of algorithm sft needs prompt direct: its data hold answers, no plans")
         return self
+
+
+class Distributed(Section):
+    """How stages that train are spread over GPUs, and when they save. Not part of a fingerprint: the method is the same."""
+
+    nodes: Positive  # all of them, those of vLLM servers included; more than 1 needs launch: slurm
+    processes: Positive  # on each node, one a GPU
+    zero: Literal[0, 2, 3]  # DeepSpeed ZeRO: 0 off, every GPU holds all; 2 shards gradients and optimiser, 3 weights too
+    offload: Literal["none", "optimizer", "all"]  # to the memory of the host: nothing, optimiser states, weights too
+    checkpoint_every_minutes: Count  # beside the checkpoints by steps; 0 = off
+    start_s: Positive  # how long nodes and servers may take to answer
+
+    @model_validator(mode="after")
+    def _offloaded(self):
+        if {"none": 0, "optimizer": 2, "all": 3}[self.offload] > self.zero:
+            raise ValueError(f"offload = {self.offload!r} needs a higher ZeRO stage than zero = {self.zero}")
+        return self
+
+
+class Vllm(Section):
+    """Who writes the completions of GRPO: transformers in the trainer, or vLLM beside it or on nodes of its own."""
+
+    mode: Literal["none", "colocate", "server"]
+    nodes: Count  # for `server`: so many of distributed.nodes, the last ones
+    tensor_parallel: Positive  # GPUs that share one copy of the model
+    memory_share: Rate  # of a GPU's memory, for weights and KV cache
+    sleep: bool  # for `colocate`: give the memory back while training

@@ -19,6 +19,8 @@ from pydantic import Field, ValidationError, model_validator
 from lwzlib import quantities as q
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+_NOT_METHOD = {"arms", "name", "launch", "distributed", "vllm"}
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the quantity, its value and what would be right."""
@@ -26,7 +28,7 @@ class RecipeError(ValueError):
 
 class Recipe(q.Section):
     name: str
-    launch: Literal["inline", "subprocess"]
+    launch: Literal["inline", "subprocess", "torchrun", "slurm"]
     model: q.Model
     data: q.Data
     prompt: q.Prompt
@@ -40,6 +42,8 @@ class Recipe(q.Section):
     sft: q.Sft
     samples: q.Samples
     evaluation: q.Evaluation
+    distributed: q.Distributed
+    vllm: q.Vllm
     arms: dict[str, q.Arm] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -52,6 +56,24 @@ class Recipe(q.Section):
         if distilled and not (teacher and (teacher.start, teacher.prompt, teacher.algorithm) == ("base", "think", "grpo")):
             raise ValueError(f"cot.arm = {self.cot.arm!r} must name an arm that starts from base, plans, and is trained by "
                              f"grpo; arms are {', '.join(self.arms)}")
+        return self
+
+    @model_validator(mode="after")
+    def _placement(self):
+        where, vllm = self.distributed, self.vllm
+        if where.nodes > 1 and self.launch != "slurm":
+            raise ValueError(f"distributed.nodes = {where.nodes} needs launch: slurm, not {self.launch}")
+        if self.launch in ("inline", "subprocess") and (where.processes > 1 or where.zero):
+            raise ValueError(f"launch: {self.launch} is one process; distributed.processes = {where.processes} and "
+                             f"distributed.zero = {where.zero} need launch: torchrun or slurm")
+        if (vllm.mode == "server") != (0 < vllm.nodes < where.nodes):
+            raise ValueError(f"vllm.nodes = {vllm.nodes} must be 1 to {where.nodes - 1} of distributed.nodes where vllm.mode "
+                             "is server, and 0 elsewhere")
+        if vllm.mode != "none" and where.processes % vllm.tensor_parallel:
+            raise ValueError(f"vllm.tensor_parallel = {vllm.tensor_parallel} must divide distributed.processes = "
+                             f"{where.processes}: a copy of the model lies on one node")
+        if where.zero == 3 and self.grpo.lora.rank:
+            raise ValueError("distributed.zero = 3 cannot merge an adapter: give zero: 2, or grpo.lora.rank: 0")
         return self
 
     def takes_cot(self, arm: str) -> bool:
@@ -121,8 +143,8 @@ def _validate(tree: dict, changes: dict, source) -> Recipe:
 
 
 def departures(recipe: Recipe, reference: str = "paper") -> list[tuple[str, Any, Any]]:
-    """(name, value in the reference, value here) for each quantity that differs; arms and the name are left out."""
-    theirs, ours = (flatten(r.model_dump(exclude={"arms", "name", "launch"})) for r in (load(reference), recipe))
+    """(name, value in the reference, value here) for each quantity of the method that differs; arms are left out."""
+    theirs, ours = (flatten(r.model_dump(exclude=_NOT_METHOD)) for r in (load(reference), recipe))
     return [(name, theirs.get(name), ours[name]) for name in ours if theirs.get(name) != ours[name]]
 
 

@@ -15,7 +15,7 @@ from lwzlib import data, pairs, prompts
 from lwzlib.generate import completions
 from lwzlib.quantities import Sampling
 from lwzlib.recipe import Recipe
-from lwzlib.runs import Run, RunError, write_atomic, write_rows
+from lwzlib.runs import Run, RunError, main_process, write_atomic, write_rows
 from lwzlib.text import count_words, whole_sentences
 
 _EVERY = 4  # so many held-out pairs for one that is also scored with markdown
@@ -133,7 +133,12 @@ def train_rm(recipe: Recipe, run: Run) -> Path:
     asked = recipe.writing_rm
     with run.work():
         last = train.resumed(run, "metrics")
-        parts = make_pairs(recipe, run)
+        config = RewardConfig(
+            num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, lr_scheduler_type="cosine", warmup_steps=4,
+            per_device_train_batch_size=asked.batch_pairs, max_length=None,
+            **train.checkpoints(asked.checkpoint_every_steps), **train.arguments(recipe, run))
+        with config.main_process_first(local=False):
+            parts = make_pairs(recipe, run)
         m = recipe.model
         set_seed(run.seed)  # the head is new
         model, tokenizer = models.load(asked.model, m.dtype, m.attention, m.trust_remote_code, scorer=True)
@@ -145,16 +150,12 @@ def train_rm(recipe: Recipe, run: Run) -> Path:
         run.update(pairs=len(rows), pairs_too_long=len(rows) - len(fits))
         if not fits:
             raise RunError(f"all {len(rows)} training pairs are longer than writing_rm.max_tokens = {asked.max_tokens}")
-        config = RewardConfig(
-            num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, lr_scheduler_type="cosine", warmup_steps=4,
-            per_device_train_batch_size=asked.batch_pairs, max_length=None,
-            **train.checkpoints(asked.checkpoint_every_steps), **train.arguments(recipe, run))
         lora = train.lora(asked.lora, task_type="SEQ_CLS", modules_to_save=["score"])
         trainer = RewardTrainer(model, args=config, train_dataset=Dataset.from_list(fits), processing_class=tokenizer,
                                 peft_config=lora, callbacks=[train.Rows(run, train.RM_COLUMNS)])
         trained = train.go(trainer, last).eval()
         quality = evaluate(recipe, run, trained, tokenizer, parts["heldout"])
-        train.save(trained, tokenizer, run, {"writing_rm.json": {
+        train.save(trained, trainer, run, {"writing_rm.json": {
             "identity": run.fingerprint, "frame": m.frame, "fold_layout": asked.fold_layout, "max_tokens": asked.max_tokens,
             "floor": quality["floor"]}})
     return run.folder / "model"
@@ -173,9 +174,10 @@ def evaluate(recipe: Recipe, run: Run, model, tokenizer, heldout: list[pairs.Pai
             for p, a, b in zip(heldout, values[:n], values[n : 2 * n], strict=True)]
     for row, value in zip(rows[::_EVERY], values[2 * n :], strict=True):
         row["markdown"] = value
-    write_rows(run.folder / "scores.jsonl", rows)
+    run.write("scores", rows)
     found = quality(rows)
-    write_atomic(run.folder / "quality.json", json.dumps(found, indent=1))
+    if main_process():
+        write_atomic(run.folder / "quality.json", json.dumps(found, indent=1))
     return found
 
 

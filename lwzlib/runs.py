@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import threading
 import time
@@ -24,6 +25,7 @@ import yaml
 from lwzlib.recipe import Recipe, flatten
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy")
+INTERRUPTED = 130  # exit code of a stage that was stopped and goes on from its last checkpoint
 _LOCK_PATIENCE_S = 15  # a killed parent's children need a moment to notice
 
 
@@ -31,9 +33,19 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what to do, and what was done stays."""
 
 
+class Interrupted(RunError):
+    """A stage that was asked to stop, and did; the same call goes on from its last checkpoint."""
+
+
+def main_process() -> bool:
+    """Of the processes that train together, this one writes. True where there is but one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One stage of one recipe and seed, in `folder`. `sections` of the recipe and `inputs` make its fingerprint."""
+    """One stage of one recipe and seed, in `folder`. `sections` of the recipe and `inputs` make its fingerprint. Where many
+    processes train together, all read it and the main process alone locks it and writes."""
 
     folder: Path
     recipe: Recipe
@@ -75,6 +87,9 @@ class Run:
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:
         """Hold the folder, mark it running, and at the end finished, interrupted or failed."""
+        if not main_process():
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / "lock"):
             self.check()
@@ -95,6 +110,8 @@ class Run:
                     self.update(state=state, wall_s=round(before + time.time() - started, 1))
 
     def update(self, **changes) -> None:
+        if not main_process():
+            return
         status = {"fingerprint": self.fingerprint} | self.status | changes
         write_atomic(self.folder / "status.json", json.dumps(status, indent=1))
 
@@ -102,13 +119,18 @@ class Run:
         return read_rows(self.folder / f"{name}.jsonl")
 
     def append(self, name: str, *rows: dict) -> None:
-        append_rows(self.folder / f"{name}.jsonl", rows)
+        if main_process():
+            append_rows(self.folder / f"{name}.jsonl", rows)
+
+    def write(self, name: str, rows) -> None:
+        """All the rows, in place of what there was."""
+        if main_process():
+            write_rows(self.folder / f"{name}.jsonl", rows)
 
     def rewind(self, step: int, *names: str) -> None:
         """Drop the rows that came after `step` (and a half-written last line)."""
         for name in names:
-            kept = [row for row in self.rows(name) if row["step"] <= step]
-            write_rows(self.folder / f"{name}.jsonl", kept)
+            self.write(name, [row for row in self.rows(name) if row["step"] <= step])
 
 
 def _line(row: dict) -> str:
@@ -186,6 +208,18 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+_stop = threading.Event()
+
+
+def stop_on_signal() -> None:
+    """From now on SIGUSR1, which Slurm sends before a time limit, asks the training in this process to save and stop."""
+    signal.signal(signal.SIGUSR1, lambda *_: _stop.set())
+
+
+def stop_asked() -> bool:
+    return _stop.is_set()
 
 
 def provenance() -> dict:

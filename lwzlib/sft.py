@@ -12,7 +12,7 @@ from pathlib import Path
 from lwzlib import corpus, data, prompts
 from lwzlib.data import DataError
 from lwzlib.recipe import Recipe
-from lwzlib.runs import Run, read_rows, write_rows
+from lwzlib.runs import Run, read_rows
 from lwzlib.text import count_words, language_of
 
 _REQUEST = {
@@ -32,20 +32,21 @@ def train_sft(recipe: Recipe, run: Run, arm: str, start: str, distilled: Path | 
 
     asked = recipe.sft
     with run.work():
-        if not run.rows("data"):
-            write_rows(run.folder / "data.jsonl", _made(recipe, run.seed, distilled) if asked.data == "made" else
-                       (row for _, row in data.rows_of(asked.data)))
         last = train.resumed(run, "metrics")
-        model, tokenizer = train.load(recipe, start)
-        documents = [_document(recipe, recipe.arm(arm).prompt, row, f"{asked.data}, row {i}", tokenizer)
-                     for i, row in enumerate(run.rows("data"), 1)]
         config = SFTConfig(
             num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, lr_scheduler_type="cosine",
             per_device_train_batch_size=asked.batch_documents, max_length=asked.max_tokens, packing=True,
             packing_strategy="bfd", **train.checkpoints(asked.checkpoint_every_steps), **train.arguments(recipe, run))
+        with config.main_process_first(local=False):
+            if not run.rows("data"):
+                run.write("data", _made(recipe, run.seed, distilled) if asked.data == "made" else
+                          (row for _, row in data.rows_of(asked.data)))
+        model, tokenizer = train.load(recipe, start)
+        documents = [_document(recipe, recipe.arm(arm).prompt, row, f"{asked.data}, row {i}", tokenizer)
+                     for i, row in enumerate(run.rows("data"), 1)]
         trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(documents), processing_class=tokenizer,
                              callbacks=[train.Rows(run, train.SFT_COLUMNS)], peft_config=train.lora(asked.lora))
-        train.save(train.go(trainer, last), tokenizer, run)
+        train.save(train.go(trainer, last), trainer, run)
         run.update(documents=len(documents))
     return run.folder / "model"
 

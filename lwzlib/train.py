@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, TrainerCallback
 
-from lwzlib import models
+from lwzlib import distributed, models
 from lwzlib.quantities import Lora
 from lwzlib.recipe import Recipe
-from lwzlib.runs import Run
+from lwzlib.runs import Run, main_process, stop_asked
 
 # our column: the name under which TRL logs it
 GRPO_COLUMNS = {
@@ -30,10 +31,20 @@ SFT_COLUMNS = {"loss": "loss", "tokens": "num_tokens", "learning_rate": "learnin
 
 
 def arguments(recipe: Recipe, run: Run) -> dict:
-    """Arguments that every trainer here takes. Weights already have the recipe's dtype, so autocast stays off."""
+    """Arguments that every trainer here takes. Weights already have the recipe's dtype, so autocast stays off; under
+    DeepSpeed, bfloat16 weights have float32 copies in the optimiser. To be made before the model: ZeRO-3 shards as it loads."""
+    cpu = not torch.cuda.is_available()
+    zero = distributed.deepspeed(recipe) if "RANK" in os.environ else None  # a stage that is one process shards nothing
+    if cpu:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # else a rank's is cpu:0, for which torch cannot load an optimiser
+    if zero and cpu:
+        from deepspeed import init_distributed
+
+        init_distributed(dist_backend="gloo", verbose=False)  # else accelerate starts the group itself, and not for DeepSpeed
     return {"output_dir": str(run.folder / "checkpoints"), "seed": run.seed, "logging_steps": 1, "report_to": "none",
-            "disable_tqdm": True, "log_level": "error", "bf16": False, "use_cpu": not torch.cuda.is_available(),
-            "gradient_checkpointing": recipe.grpo.gradient_checkpointing}
+            "disable_tqdm": True, "log_level": "error", "bf16": bool(zero) and recipe.model.dtype == "bfloat16",
+            "use_cpu": cpu, "deepspeed": zero, "gradient_checkpointing": recipe.grpo.gradient_checkpointing,
+            "ddp_find_unused_parameters": False}
 
 
 def load(recipe: Recipe, name: str):
@@ -58,6 +69,18 @@ def resumed(run: Run, *names: str) -> str | None:
     return str(run.folder / "checkpoints" / status["checkpoint"]) if "checkpoint" in status else None
 
 
+class AtBegin(TrainerCallback):
+    """Calls `do(model)` when the model lies where it is trained: before, ZeRO-3 has shards of it that nobody can use."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        training = model.training
+        self.do(model.eval())
+        model.train(training)
+
+
 class Snapshots(TrainerCallback):
     """Keeps the policy every so many steps, to be rated later: the weights that are trained, nothing of the optimiser."""
 
@@ -78,19 +101,27 @@ def load_snapshot(recipe: Recipe, folder: Path, start: str):
 
 
 def go(trainer, checkpoint: str | None = None):
-    """Train without the library's own printout (`Rows` shows one line a step); the model, an adapter merged into it."""
+    """Train without the library's own printout (`Rows` shows one line a step); the model, an adapter merged into it.
+    Raises KeyboardInterrupt where `Rows` stopped it, after a checkpoint, because it was asked to."""
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
     model = trainer.accelerator.unwrap_model(trainer.model)
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
-def save(model, tokenizer, run: Run, notes: dict[str, dict] | None = None) -> None:
-    """Safetensors under `model/`, whole or not at all, with `notes` as JSON files beside them."""
+def save(model, trainer, run: Run, notes: dict[str, dict] | None = None) -> None:
+    """Safetensors under `model/`, whole or not at all, with the trainer's tokenizer, and `notes` as JSON files beside them.
+    Every process calls it: ZeRO-3 has the weights in shards."""
+    sharded = trainer.is_deepspeed_enabled and run.recipe.distributed.zero == 3
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if not main_process():
+        return
     scratch, final = run.folder / ".model", run.folder / "model"
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
+    model.save_pretrained(scratch, state_dict=weights)
+    trainer.processing_class.save_pretrained(scratch)
     for name, content in (notes or {}).items():
         (scratch / name).write_text(json.dumps(content, indent=1))
     shutil.rmtree(final, ignore_errors=True)
@@ -99,11 +130,14 @@ def save(model, tokenizer, run: Run, notes: dict[str, dict] | None = None) -> No
 
 class Rows(TrainerCallback):
     """Writes a row a step and remembers the last checkpoint that is whole. A row whose step is repeated after a kill
-    replaces the old one, because `Run.rewind` cut the file back first."""
+    replaces the old one, because `Run.rewind` cut the file back first.
+
+    Saves by the clock too, and when the process is asked to stop (`runs.stop_on_signal`): then a last time, and ends."""
 
     def __init__(self, run: Run, columns: dict[str, str], total: int | None = None):
         self.run, self.columns, self.total = run, columns, total
-        self.since, self.tokens = time.perf_counter(), 0
+        self.since, self.tokens, self.saved = time.perf_counter(), 0, time.monotonic()
+        self.every_s = 60 * run.recipe.distributed.checkpoint_every_minutes
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:
@@ -122,9 +156,24 @@ class Rows(TrainerCallback):
         print(f"{self.run.folder.parent.name}/{self.run.folder.name}  step {state.global_step}/{state.max_steps}  "
               f"{shown}  {row['step_s']:.1f} s", flush=True)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        due, asked = _agreed(0 < self.every_s <= time.monotonic() - self.saved, stop_asked())
+        control.should_save |= due or asked
+        control.should_training_stop |= asked
+
     def on_save(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
         if state.is_world_process_zero:
             self.run.update(checkpoint=f"checkpoint-{state.global_step}", checkpoint_step=state.global_step)
+
+
+def _agreed(*facts: bool) -> list[bool]:
+    """What holds in any of the processes: all must save and stop at the same step."""
+    ours = PartialState()
+    found = torch.tensor(facts, dtype=torch.int32, device=ours.device)
+    if ours.num_processes > 1:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return [bool(each) for each in found]
 
 
 def _number(value) -> float | None:

@@ -1,8 +1,13 @@
-"""A real Slurm of one node on this machine: munged, slurmctld and slurmd in a folder of their own, for a block of code."""
+"""A real Slurm on this machine, for a block of code: munged, slurmctld, and two nodes with a slurmd each.
+
+A node is a network namespace behind a bridge, with its own host name: its 127.0.0.1 is not the other's, as on a cluster.
+"""
 
 import contextlib
+import dataclasses
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -10,48 +15,133 @@ from pathlib import Path
 import pytest
 from polling import until
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "ip", "nsenter", "unshare")
 PARTITION = "cpu"
+NODES = ("node1", "node2")
 _CONF = """ClusterName=lwz
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({net}.1)
 SlurmUser=root
 SlurmctldPort={ctld_port}
 SlurmdPort={node_port}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=1
+JobAcctGatherParams=OverMemoryKill
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=20
+SlurmctldTimeout=20
+SlurmdTimeout=10
+MessageTimeout=5
 KillWait=5
 MinJobAge=300
 EnforcePartLimits=ALL
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=0
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 State=UNKNOWN
-PartitionName={partition} Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+GresTypes=gpu
+NodeName=node1 NodeAddr={net}.11 CPUs=8 RealMemory=32000 Gres=gpu:2 State=UNKNOWN
+NodeName=node2 NodeAddr={net}.12 CPUs=8 RealMemory=32000 Gres=gpu:2 State=UNKNOWN
+NodeName=node3 NodeAddr={net}.13 CPUs=8 RealMemory=32000 State=DOWN Reason="the power supply burnt"
+PartitionName={partition} Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=short Nodes=node[1-2] MaxTime=10 State=UP
+PartitionName=broken Nodes=node3 MaxTime=INFINITE State=UP
+PartitionName=members Nodes=node[1-2] AllowAccounts=members State=UP
 """
 
 
 def missing() -> str:
     """Why there can be no cluster here; empty if there can."""
     if os.geteuid():
-        return "needs root, to start Slurm's daemons"
+        return "needs root, to start Slurm's daemons and to make network namespaces"
     absent = [program for program in PROGRAMS if not shutil.which(program, path=_path())]
-    return f"needs {', '.join(absent)} (apt-get install slurmctld slurmd slurm-client munge)" if absent else ""
+    return f"needs {', '.join(absent)} (apt-get install slurmctld slurmd slurm-client munge iproute2)" if absent else ""
 
 
 def _path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+def _ip(*words: str, check: bool = True) -> str:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, env=os.environ | {"PATH": _path()})
+    assert not check or done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
+    return done.stdout
+
+
+@dataclasses.dataclass
+class Cluster:
+    folder: Path
+    name: str  # of its bridge and, with the number of the node, of its network namespaces
+    net: str  # the first three numbers of its addresses
+    daemons: dict[str, subprocess.Popen] = dataclasses.field(default_factory=dict)
+
+    def start(self, name: str) -> None:
+        """munged, slurmctld, or the slurmd of a node."""
+        if name == "munged":
+            command = ["munged", "--foreground", "--force", *(f"--{kind}={self.folder}/munge.{end}" for kind, end in (
+                ("key-file", "key"), ("socket", "socket"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed")))]
+        elif name == "slurmctld":
+            command = ["slurmctld", "-D"]
+        else:
+            inside = f"hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {name}"
+            command = ["nsenter", f"--net=/run/netns/{self._namespace(name)}", "unshare", "-m", "-u", "sh", "-c", inside]
+        with (self.folder / f"{name}.out").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(command, env=os.environ | {"PATH": _path()}, stdout=log, stderr=log)
+
+    def stop(self, name: str, how: int = signal.SIGTERM) -> None:
+        daemon = self.daemons.pop(name)
+        daemon.send_signal(how)
+        daemon.wait(30)
+
+    def crash(self, node: str) -> None:
+        """All that runs on the node dies at once, and it answers nobody; `start` boots it again."""
+        _ip("link", "set", self._port(node), "down")
+        for pid in self.processes(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.daemons.pop(node).wait(30)
+
+    def boot(self, node: str) -> None:
+        _ip("link", "set", self._port(node), "up")
+        self.start(node)
+
+    def processes(self, node: str) -> list[int]:
+        return [int(pid) for pid in _ip("netns", "pids", self._namespace(node)).split()]
+
+    def _namespace(self, node: str) -> str:
+        return f"{self.name}-{node}"
+
+    def _port(self, node: str) -> str:
+        return f"{self.name}-{node[-1]}"
+
+    def wire(self) -> None:
+        _ip("link", "add", self.name, "type", "bridge")
+        _ip("addr", "add", f"{self.net}.1/24", "dev", self.name)
+        _ip("link", "set", self.name, "up")
+        for number, node in enumerate(NODES, 1):
+            space, port = self._namespace(node), self._port(node)
+            _ip("netns", "add", space)
+            _ip("link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
+            _ip("link", "set", port, "master", self.name, "up")
+            _ip("-n", space, "addr", "add", f"{self.net}.{10 + number}/24", "dev", "eth0")
+            for device in ("eth0", "lo"):
+                _ip("-n", space, "link", "set", device, "up")
+
+    def unwire(self) -> None:
+        for node in NODES:
+            _ip("netns", "delete", self._namespace(node), check=False)
+            _ip("link", "delete", self._port(node), check=False)
+        _ip("link", "delete", self.name, check=False)
 
 
 @contextlib.contextmanager
@@ -61,34 +151,49 @@ def running(folder: Path):
         assert not os.environ.get("LWZ_REQUIRE_SLURM"), f"CI must have Slurm: {why}"
         pytest.skip(f"Slurm: {why}")
     folder.chmod(0o755)
-    ports = _free_ports(2)
-    (folder / "slurm.conf").write_text(_CONF.format(folder=folder, host=socket.gethostname().split(".")[0], partition=PARTITION,
-                                                    ctld_port=ports[0], node_port=ports[1]))
-    (folder / "munge.key").write_bytes(os.urandom(1024))
-    (folder / "munge.key").chmod(0o400)
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
-    env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": _path()}
-    munge = ["munged", "--foreground", "--force", *(f"--{kind}={folder}/munge.{end}" for kind, end in (
-        ("key-file", "key"), ("socket", "socket"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed")))]
-    daemons = []
+    cluster = Cluster(folder, f"lwz{os.getpid()}", f"10.{77 + os.getpid() // 250 % 100}.{os.getpid() % 250}")
+    _configure(cluster)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLURM_CONF", env["SLURM_CONF"])
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         try:
-            for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D"]):
-                with (folder / f"{command[0]}.out").open("wb") as log:
-                    daemons.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-                if command is munge:
-                    until(lambda: (folder / "munge.socket").exists(), "munged", 20)
-            state = ["sinfo", "-h", "-o", "%T"]
-            until(lambda: "idle" in subprocess.run(state, capture_output=True, text=True).stdout, "the node", 60)
-            yield PARTITION
+            cluster.wire()
+            cluster.start("munged")
+            until(lambda: (folder / "munge.socket").exists(), "munged", 20)
+            for daemon in ("slurmctld", *NODES):
+                cluster.start(daemon)
+            until(lambda: idle() == set(NODES), "the nodes", 60)
+            yield cluster
         finally:
             subprocess.run(["scancel", "--user", "root"], capture_output=True)
-            for daemon in reversed(daemons):
-                daemon.terminate()
-            for daemon in daemons:
-                daemon.wait(30)
+            with contextlib.suppress(AssertionError):
+                until(lambda: not subprocess.run(["squeue", "-h"], capture_output=True).stdout, "the end of the jobs", 20)
+            for name in reversed(list(cluster.daemons)):
+                cluster.stop(name)
+            cluster.unwire()
+
+
+def idle() -> set[str]:
+    """The nodes that wait for work."""
+    done = subprocess.run(["sinfo", "-h", "-N", "-o", "%N %T"], capture_output=True, text=True)
+    return {line.split()[0] for line in done.stdout.splitlines() if line.endswith(" idle")}
+
+
+def _configure(cluster: Cluster) -> None:
+    folder, host, ports = cluster.folder, socket.gethostname().split(".")[0], _free_ports(2)
+    (folder / "slurm.conf").write_text(_CONF.format(folder=folder, host=host, net=cluster.net, partition=PARTITION,
+                                                    ctld_port=ports[0], node_port=ports[1]))
+    devices = folder / "devices"  # what looks like GPUs to Slurm
+    devices.mkdir()
+    for number in range(2):
+        os.mknod(devices / f"nvidia{number}", 0o20666, os.makedev(1, 3))
+    (folder / "gres.conf").write_text(f"AutoDetect=off\nNodeName=node[1-2] Name=gpu File={devices}/nvidia[0-1] "
+                                      "Flags=nvidia_gpu_env\n")
+    hosts = {"127.0.0.1": "localhost", f"{cluster.net}.1": host} | {
+        f"{cluster.net}.{10 + number}": node for number, node in enumerate(NODES, 1)}
+    (folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in hosts.items()))
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+    (folder / "state").mkdir()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -17,8 +17,8 @@ from lwzlib.runs import RunError
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as partition:
-        yield partition
+    with slurm_cluster.running(tmp_path_factory.mktemp("slurm")):
+        yield slurm_cluster.PARTITION
 
 
 def on(partition, memory_gb=1, **more):

@@ -1,0 +1,163 @@
+"""What a recipe's GRPO needs of given GPUs, before a job is submitted: memory here, time in `lwzlib.simulate`.
+
+The paper names its hardware (8 nodes of 8 H800) and nothing of its cost. Memory follows the ZeRO paper's count (arXiv
+1910.02054, section 3: 2 + 2 + 12 bytes a parameter in mixed precision) and what a decoder layer of this family keeps for its
+backward pass. Every line shows its arithmetic. No torch is imported.
+"""
+
+import dataclasses
+
+from lwzlib import distributed
+from lwzlib.recipe import Recipe
+from lwzlib.sizes import GIB, C, Gpu, Shape, c, shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One step of the arithmetic: a value in `unit` (GiB, s, ...), how it came about, and of which group it is a part."""
+
+    group: str
+    name: str
+    value: float
+    unit: str
+    how: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where a recipe runs, with the sizes that both memory and time follow from."""
+
+    recipe: Recipe
+    gpu: Gpu
+    mean_tokens: float
+
+    @property
+    def model(self) -> Shape:
+        return shape(self.recipe.model.name)
+
+    @property
+    def dtype_bytes(self) -> int:
+        return 2 if self.recipe.model.dtype == "bfloat16" else 4
+
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """(that train, that serve)"""
+        served = self.recipe.vllm.nodes if self.recipe.vllm.mode == "server" else 0
+        return self.recipe.distributed.nodes - served, served
+
+    @property
+    def training_gpus(self) -> int:
+        return self.nodes[0] * self.recipe.distributed.processes
+
+    @property
+    def gpus(self) -> int:
+        return sum(self.nodes) * self.recipe.distributed.processes
+
+    @property
+    def copies(self) -> int:
+        """Of the model that write completions at the same time."""
+        vllm = self.recipe.vllm
+        writing = self.nodes[1] * self.recipe.distributed.processes if vllm.mode == "server" else self.training_gpus
+        return writing // (vllm.tensor_parallel if vllm.mode != "none" else 1)
+
+    @property
+    def completions(self) -> int:
+        return self.recipe.grpo.group_size * self.recipe.grpo.queries_per_step
+
+    @property
+    def longest(self) -> int:
+        return self.recipe.grpo.sampling.max_new_tokens + int(c("prompt_tokens"))
+
+    @property
+    def trained(self) -> float:
+        """Parameters that have gradients."""
+        lora, model = self.recipe.grpo.lora, self.model
+        if not lora.rank:
+            return model.parameters
+        names = model.linears if lora.targets == "all-linear" else lora.targets
+        return model.layers * lora.rank * sum(sum(model.linears[name]) for name in names)
+
+
+def plan(recipe: Recipe, gpu: Gpu, mean_tokens: float | None = None) -> Plan:
+    """Raises RecipeError for a model whose shape is not known, RunError for a batch that cannot be cut."""
+    made = Plan(recipe, gpu, mean_tokens or c("mean_share") * recipe.grpo.sampling.max_new_tokens)
+    shape(recipe.model.name)
+    distributed.accumulation(recipe, made.training_gpus)
+    return made
+
+
+def training_memory(p: Plan) -> list[Line]:
+    """GiB of a GPU that trains, while it trains."""
+    r, n, w, model, zero = p.recipe, p.training_gpus, p.dtype_bytes, p.model, p.recipe.distributed.zero
+    size, trained, lora = model.parameters, p.trained, bool(p.recipe.grpo.lora.rank)
+    parts = {at: (n if zero >= at else 1) for at in (2, 3)}
+    state, how = (12, "float32 weights, two moments") if zero and w == 2 else (2 * w, "two moments in the weights' dtype")
+    state, how = (12, "float32 adapter: its gradients are float32 too") if lora else (state, how)
+    offload = r.distributed.offload
+    micro, s = r.grpo.micro_batch_completions, p.longest
+    kept, checkpointing = model.kept_per_token * w, r.grpo.gradient_checkpointing
+    activations = micro * s * ((model.layers * model.hidden * w + kept) if checkpointing else model.layers * kept)
+    lines = [
+        ("weights", 0 if offload == "all" else size * w / parts[3], f"{size / 1e9:.2f}e9 x {w} B / {parts[3]}"),
+        ("gradients", trained * (4 if lora else w) / parts[2], f"{trained / 1e9:.3g}e9 x {4 if lora else w} B / {parts[2]}"),
+        ("optimiser", 0 if offload != "none" else trained * state / parts[2],
+         "in the host's memory" if offload != "none" else f"{trained / 1e9:.3g}e9 x {state} B / {parts[2]} ({how})"),
+        ("activations", activations, f"{micro} x {s} tokens x " + (
+            f"({model.layers} layers x {model.hidden} x {w} B + one layer's {kept / 1e3:.0f} kB)" if checkpointing else
+            f"{model.layers} layers x {kept / 1e3:.0f} kB")),
+        ("logits", c("logits_gib") * GIB, C["logits_gib"].source)]
+    if zero == 3:
+        lines.append(("gathered layers", 2 * model.layer_parameters * w, f"2 x {model.layer_parameters / 1e6:.0f}e6 x {w} B"))
+    if r.grpo.kl_beta and not lora:
+        lines.append(("reference model", size * w / parts[3], f"kl_beta > 0: {size / 1e9:.2f}e9 x {w} B / {parts[3]}"))
+    if r.reward.weights.writing and not r.reward.writing.url:
+        judge = shape(r.writing_rm.model).parameters
+        lines.append(("Writing RM", judge * w, f"in each process, reward.writing.url is empty: {judge / 1e9:.2f}e9 x {w} B"))
+    return [Line("a GPU that trains", name, value / GIB, "GiB", how) for name, value, how in lines]
+
+
+def writing_memory(p: Plan) -> list[Line]:
+    """GiB of a GPU while completions are written: vLLM's share, or the whole model and the KV cache beside the trainer's."""
+    vllm, w, model = p.recipe.vllm, p.dtype_bytes, p.model
+    staying = [dataclasses.replace(line, group="a GPU that writes") for line in training_memory(p)
+               if line.name in ("weights", "optimiser", "reference model", "Writing RM")]
+    if vllm.mode == "none":
+        held = p.completions / p.training_gpus
+        whole = model.parameters * w if p.recipe.distributed.zero == 3 else 0
+        return [*staying, Line("a GPU that writes", "whole model", whole / GIB, "GiB", "ZeRO-3 gathers it to generate"),
+                Line("a GPU that writes", "KV cache", held * model.kv_bytes(p.longest, w) / GIB, "GiB",
+                     f"{held:.0f} x {p.longest} tokens x {model.kv_bytes(dtype_bytes=w) / 1024:.0f} KiB")]
+    share = vllm.memory_share * p.gpu.gib
+    weights = model.parameters * w / vllm.tensor_parallel / GIB
+    lines = [Line("a GPU that writes", "vLLM weights", weights, "GiB",
+                  f"{model.parameters / 1e9:.2f}e9 x {w} B / {vllm.tensor_parallel}"),
+             Line("a GPU that writes", "vLLM KV cache", share - weights, "GiB",
+                  f"{vllm.memory_share} x {p.gpu.gib:.0f} - weights")]
+    return lines if vllm.mode == "server" else [*staying, *lines]
+
+
+def slots(p: Plan) -> int:
+    """Completions of mean length that a copy of the model holds at once."""
+    if p.recipe.vllm.mode == "none":
+        return max(1, -(-p.completions // p.training_gpus))
+    cache = next(line.value for line in writing_memory(p) if line.name == "vLLM KV cache") * GIB
+    each = p.model.kv_bytes(c("prompt_tokens") + p.mean_tokens, p.dtype_bytes) / p.recipe.vllm.tensor_parallel
+    return int(cache // each)
+
+
+def problems(p: Plan) -> list[str]:
+    """Why the recipe cannot run on these GPUs; empty if it can, as far as arithmetic tells."""
+    found, room = [], p.gpu.gib - c("reserve_gib")
+    training, writing = training_memory(p), writing_memory(p)
+    together = p.recipe.vllm.mode == "colocate" and not p.recipe.vllm.sleep
+    vllm = sum(line.value for line in writing if line.name.startswith("vLLM"))
+    for lines, more in ((training, vllm if together else 0), (writing, 0)):
+        if (need := sum(line.value for line in lines) + more) > room:
+            largest = max(lines, key=lambda line: line.value)
+            found.append(f"{lines[0].group} needs {need:.1f} GiB and has {room:.1f} ({p.gpu.gib:.0f} less "
+                         f"{c('reserve_gib'):.0f} reserved); the largest part is {largest.name}, {largest.value:.1f} GiB: "
+                         f"{largest.how}")
+    if p.recipe.vllm.mode != "none" and slots(p) < 1:
+        found.append(f"vLLM's KV cache does not hold one completion; raise vllm.tensor_parallel = "
+                     f"{p.recipe.vllm.tensor_parallel} or vllm.memory_share = {p.recipe.vllm.memory_share}")
+    return found

@@ -1,0 +1,106 @@
+"""vLLM for GRPO: colocated with the trainer, or as servers on nodes of their own, as TRL 1.16 wants them.
+
+TRL talks to one `vllm serve`, so the servers' nodes form one: the first answers HTTP, the others are headless, and each copy
+of the model is a data-parallel rank of it; TRL's rank 0 broadcasts new weights to all of them over NCCL. The server listens
+on its node's own name and, because weights must come in, with vLLM's development endpoints: inside an allocation only.
+
+On CPU vLLM cannot take new weights, so here its commands, the waiting and the stopping are tested, and GRPO with it is not.
+"""
+
+import contextlib
+import os
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from lwzlib import distributed
+from lwzlib.recipe import Recipe
+from lwzlib.runs import RunError
+
+_URL, _PORT = "LWZ_VLLM_URL", "LWZ_VLLM_PORT"  # what the servers tell the ranks
+_POLL_S = 0.5
+
+
+@contextlib.contextmanager
+def ready(stage: str, recipe: Recipe, folder: Path, model: str) -> Iterator[tuple[list[str], dict]]:
+    """What to put before a stage's command to run it in every process of the world, and what to add to its environment.
+    For `grpo` with vLLM servers these answer, and are stopped at the end. Raises RunError before anything is started."""
+    served = stage == "grpo" and recipe.vllm.mode == "server"
+    at, logs = distributed.world(recipe, served), folder / "logs"
+    if stage == "grpo":
+        distributed.accumulation(recipe, at.size)
+    logs.mkdir(parents=True, exist_ok=True)
+    with serve(recipe, at, logs, model) if served else contextlib.nullcontext({}) as env:
+        yield distributed.agents(at, logs), env
+
+
+def commands(recipe: Recipe, at: distributed.World, model: str) -> list[list[str]]:
+    """`vllm serve` for each server node, the one that answers HTTP first."""
+    vllm, head = recipe.vllm, at.servers[0]
+    local = recipe.distributed.processes // vllm.tensor_parallel
+    common = [
+        "vllm", "serve", model, "--host", head, "--port", str(at.port + 3), "--dtype", recipe.model.dtype,
+        "--tensor-parallel-size", str(vllm.tensor_parallel), "--gpu-memory-utilization", str(vllm.memory_share),
+        "--data-parallel-size", str(local * len(at.servers)), "--data-parallel-size-local", str(local),
+        "--data-parallel-address", head, "--data-parallel-rpc-port", str(at.port + 4),
+        "--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1",
+        *["--trust-remote-code"] * recipe.model.trust_remote_code]
+    return [common + (["--headless", "--data-parallel-start-rank", str(node * local)] if node else [])
+            for node in range(len(at.servers))]
+
+
+@contextlib.contextmanager
+def serve(recipe: Recipe, at: distributed.World, logs: Path, model: str) -> Iterator[dict]:
+    """Start the servers, wait until they answer, yield what the ranks need to know, stop them. Raises RunError with the
+    end of a server's log if it dies or does not answer within `distributed.start_s`."""
+    url, running = f"http://{at.servers[0]}:{at.port + 3}", []
+    try:
+        for host, command in zip(at.servers, commands(recipe, at, model), strict=True):
+            log = logs / f"vllm-{host}.log"
+            with log.open("wb") as file:
+                running.append((log, subprocess.Popen(
+                    [*(distributed.srun([host]) if at.slurm else []), *command], stdin=subprocess.DEVNULL, stdout=file,
+                    stderr=subprocess.STDOUT, env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"})))
+        _wait(url, running, recipe.distributed.start_s)
+        print(f"vLLM answers at {url}, {len(at.servers)} nodes", flush=True)
+        yield {_URL: url, _PORT: str(at.port + 2)}
+    finally:
+        for _, process in running:
+            process.terminate()
+        for _, process in running:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(url: str, running: list, patience_s: int) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        for log, process in running:
+            if process.poll() is not None:
+                raise RunError(f"a vLLM server ended with exit code {process.returncode} before it answered; the end of "
+                               f"{log}:\n{distributed.tail(log)}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        if time.monotonic() > deadline:
+            raise RunError(f"vLLM does not answer at {url}/health within distributed.start_s = {patience_s} s; the end of "
+                           f"{running[0][0]}:\n{distributed.tail(running[0][0])}")
+        time.sleep(_POLL_S)
+
+
+def arguments(recipe: Recipe) -> dict:
+    """vLLM's part of TRL's GRPOConfig. Raises RunError where the recipe wants servers and none were started."""
+    vllm = recipe.vllm
+    if vllm.mode == "none":
+        return {}
+    if vllm.mode == "colocate":
+        return {"use_vllm": True, "vllm_mode": "colocate", "vllm_tensor_parallel_size": vllm.tensor_parallel,
+                "vllm_gpu_memory_utilization": vllm.memory_share, "vllm_enable_sleep_mode": vllm.sleep}
+    if _URL not in os.environ:
+        raise RunError("vllm.mode is server, and no server was started: start the stage with lwzlib.launch.launch")
+    return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": os.environ[_URL],
+            "vllm_group_port": int(os.environ[_PORT]), "vllm_server_timeout": float(recipe.distributed.start_s)}

@@ -1,0 +1,337 @@
+"""Two processes on this machine: they learn what one learns, end together, stop on a signal and go on; how nodes meet."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import slurm_cluster
+from polling import until
+from safetensors.torch import load_file
+
+from lwzlib import distributed, launch, models, recipe, train
+from lwzlib.runs import INTERRUPTED, Interrupted, Run, RunError
+
+ARM = "base-think"
+COMMON = ["reward.weights.writing=0.0", "grpo.sampling.max_new_tokens=40", "cold_start.queries=0"]
+TWO = ["launch=torchrun", "distributed.processes=2", "grpo.micro_batch_completions=2"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_each(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def rowwise(monkeypatch):
+    """Sampling that does not depend on the number of processes, in the processes that a test starts."""
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here / "rowwise"), str(here.parent)]))
+
+
+def weights(run: Run) -> dict:
+    return load_file(run.folder / "model" / "model.safetensors")
+
+
+def comparable(rows):
+    return [{key: value for key, value in row.items() if key != "step_s"} for row in rows]
+
+
+def trained(folder: Path, *overrides) -> Run:
+    return launch.launch("grpo", recipe.load("smoke", COMMON, *overrides), folder, 0, ARM)
+
+
+@pytest.fixture(scope="module")
+def alone(smoke, tmp_path_factory):
+    """The run of one process, rowwise; and the weights it started from."""
+    with pytest.MonkeyPatch.context() as patch:
+        here = Path(__file__).parent
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here / "rowwise"), str(here.parent)]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        folder = tmp_path_factory.mktemp("alone")
+        run = trained(folder, ["launch=subprocess"])
+    start = load_file(Path(models.resolve(models.TINY)) / "model.safetensors")
+    moved = max((weights(run)[name] - start[name]).abs().max().item() for name in start)
+    assert moved > 1e-3, "nothing was learnt, so nothing can be compared"
+    return run
+
+
+def same(run: Run, alone: Run) -> None:
+    assert [row["completion"] for row in run.rows("completions")] == [row["completion"] for row in alone.rows("completions")]
+    for ours, theirs in zip(run.rows(), alone.rows(), strict=True):
+        for name in ("loss", "grad_norm", "length", "format", "advantage_std", "answer_tokens", "truncated"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    ours, theirs = weights(run), weights(alone)
+    assert set(ours) == set(theirs)
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 2e-6
+
+
+def test_two_processes_learn_what_one_learns(alone, rowwise, tmp_path, capfd):
+    run = trained(tmp_path, TWO)
+    same(run, alone)
+    assert run.status["state"] == "finished" and [row["step"] for row in run.rows()] == [1, 2, 3, 4]
+    assert {path.name for path in (run.folder / "logs").iterdir()} == {"rank-000.log", "rank-001.log"}
+    assert capfd.readouterr().out.count("base-think/grpo  step 1/4") == 1  # of rank 0 alone
+    assert trained(tmp_path, TWO).status == run.status
+
+
+@pytest.mark.skipif("LWZ_REQUIRE_DEEPSPEED" not in os.environ and not (importlib.util.find_spec("deepspeed") and
+                                                                       shutil.which("g++")),
+                    reason="needs deepspeed and a C++ compiler: `make zero`")
+@pytest.mark.parametrize("zero", [2, 3])
+def test_zero_learns_what_one_process_learns(alone, rowwise, tmp_path, zero):
+    run = trained(tmp_path, TWO, [f"distributed.zero={zero}"])
+    same(run, alone)
+    shards = list((run.folder / "checkpoints" / run.status["checkpoint"]).rglob("zero_pp_rank_1*_optim_states.pt"))
+    assert shards, "rank 1 has no shard: DeepSpeed did not engage"
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+def allocated(folder: Path, *overrides) -> subprocess.Popen:
+    """`launch` inside an allocation of two nodes."""
+    return start(folder, ["launch=slurm", "distributed.nodes=2", "grpo.micro_batch_completions=2"], *overrides,
+                 inside=["salloc", "-Q", "-N2", "--ntasks-per-node=1"])
+
+
+def test_two_nodes_learn_what_one_process_learns(alone, rowwise, slurm, tmp_path):
+    parent, run = allocated(tmp_path)
+    said = parent.communicate(timeout=150)[0]
+    assert parent.returncode == 0, said[-3000:]
+    same(run, alone)
+
+
+def test_a_rank_that_dies_on_another_node_ends_the_job_and_is_named(smoke, slurm, tmp_path):
+    parent, run = allocated(tmp_path, ["grpo.steps=100000"])
+    until(lambda: run.status.get("step", 0) >= 1, "step 1", 120)
+    ranks = {node: [p for p in map(psutil.Process, slurm.processes(node)) if "RANK" in p.environ() and "stage" in p.cmdline()]
+             for node in slurm_cluster.NODES}
+    (first,), (second,) = ranks.values()
+    second.kill()
+    said = parent.communicate(timeout=90)[0]
+    assert "RunError: the stage ended" in said and "rank 1 of 2 on node2 ended first, by signal 9" in said, said[-3000:]
+    assert run.status["state"] == "failed" and not first.is_running()
+    assert not (run.folder / "logs" / "failed-0.json").exists() or "rank 1 of 2" in distributed.failure(run.folder / "logs")
+
+
+def start(folder: Path, *overrides, inside=()) -> tuple[subprocess.Popen, Run]:
+    made = recipe.load("smoke", COMMON, *overrides)
+    run = launch.stage_run("grpo", made, folder, 0, ARM)
+    code = f"from lwzlib import recipe, launch; launch.launch('grpo', recipe.Recipe.model_validate_json(" \
+           f"{made.model_dump_json()!r}), {str(folder)!r}, 0, {ARM!r})"
+    command = [*inside, sys.executable, "-c", code]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), run
+
+
+def family(run: Run) -> tuple[psutil.Process, list[psutil.Process]]:
+    """The agent and its ranks, in order."""
+    agent = psutil.Process(run.status["pid"]).parent()
+    return agent, sorted((p for p in agent.children()), key=lambda p: p.environ()["RANK"])
+
+
+def test_a_signal_saves_and_the_next_start_ends_as_if_nothing_had_been(smoke, tmp_path):
+    asked = [*TWO, "grpo.steps=12", "grpo.checkpoint_every_steps=12"]
+    whole = trained(tmp_path / "whole", asked)
+    parent, run = start(tmp_path / "stopped", asked)
+    until(lambda: run.status.get("step", 0) >= 3, "step 3", 90)
+    agent, ranks = family(run)
+    agent.send_signal(signal.SIGUSR1)
+    said = parent.communicate(timeout=60)[0]
+    step = run.status["checkpoint_step"]
+    assert "lwzlib.runs.Interrupted: the stage was asked to stop, and did after step" in said
+    assert 3 <= step < 12 and run.status["state"] == "interrupted" and len(run.rows()) == step
+    assert not any(p.is_running() for p in [agent, *ranks])
+    trained(tmp_path / "stopped", asked)
+    assert comparable(run.rows()) == comparable(whole.rows())
+    assert all((weights(run)[name] == value).all() for name, value in weights(whole).items())
+
+
+def test_a_killed_rank_ends_the_others(smoke, tmp_path):
+    parent, run = start(tmp_path, TWO, ["grpo.steps=100000"])
+    until(lambda: run.status.get("step", 0) >= 1, "step 1", 90)
+    agent, ranks = family(run)
+    ranks[1].kill()
+    said = parent.communicate(timeout=60)[0]
+    assert f"rank 1 of 2 on {os.uname().nodename} ended first, by signal 9" in said
+    assert run.status["state"] == "failed" and not any(p.is_running() for p in [agent, *ranks])
+
+
+def test_ranks_end_with_a_killed_notebook(smoke, tmp_path):
+    parent, run = start(tmp_path, TWO, ["grpo.steps=100000"])
+    until(lambda: run.status.get("step", 0) >= 1, "step 1", 90)
+    agent, ranks = family(run)
+    parent.kill()
+    parent.wait()
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in [agent, *ranks]), "their end", 30)
+
+
+def run_ranks(tmp_path, code: str, processes: int = 3):
+    """A world of plain Python processes in place of a stage."""
+    at = distributed.World(["127.0.0.1"], processes, 1)
+    tmp_path.mkdir(exist_ok=True)
+    done = subprocess.run([*distributed.agents(at, tmp_path), sys.executable, "-c", code], capture_output=True, text=True,
+                          timeout=60)
+    return done
+
+
+def test_the_traceback_of_the_first_rank_that_fails_is_shown(smoke, tmp_path, monkeypatch):
+    code = "import os, time\nif os.environ['RANK'] == '1':\n    raise ValueError('the second rank is broken')\ntime.sleep(600)"
+    monkeypatch.setattr(launch, "_command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(launch, "needs", lambda *_: [])
+    with pytest.raises(RunError, match=r"(?s)rank 1 of 2.*exit code 1.*Traceback.*ValueError: the second rank is broken"):
+        trained(tmp_path, TWO)
+
+
+def test_ranks_know_who_they_are_and_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    done = run_ranks(tmp_path, f"import os; print(*[os.environ[n] for n in {names}])", 2)
+    assert done.returncode == 0
+    threads = max(1, os.cpu_count() // 2)
+    assert done.stdout == f"0 0 2 2 127.0.0.1 1 {threads}\n" == (tmp_path / "rank-000.log").read_text()
+    assert (tmp_path / "rank-001.log").read_text() == f"1 1 2 2 127.0.0.1 1 {threads}\n"
+
+
+def test_ranks_that_stop_when_asked_did_not_fail(tmp_path):
+    assert run_ranks(tmp_path, f"raise SystemExit({INTERRUPTED})").returncode == INTERRUPTED
+    assert not list(tmp_path.glob("failed-*"))
+
+
+def test_a_rank_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    code = "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" \
+           "os.environ['RANK'] == '0' and os._exit(3)\ntime.sleep(600)"
+    started = time.monotonic()
+    assert run_ranks(tmp_path, code, 2).returncode == 3
+    assert time.monotonic() - started < distributed._GRACE_S + 15
+
+
+def test_nodes_meet_before_anything_is_started():
+    port, errors = _free_port(), []
+
+    def node(number):
+        try:
+            distributed.meet("127.0.0.1", port, number, 3, 20)
+        except RunError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=node, args=(number,)) for number in (2, 1, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not errors and not any(thread.is_alive() for thread in threads)
+
+
+def test_a_node_that_cannot_be_reached_is_named_within_the_patience():
+    port = _free_port()
+    with pytest.raises(RunError, match=f"node 1 .* cannot reach the head node at 127.0.0.1:{port} within 0.3 s"):
+        distributed.meet("127.0.0.1", port, 1, 2, 0.3)
+    with pytest.raises(RunError, match=f"of 3 nodes, node 1, 2 did not reach 127.0.0.1:{port} within 0.3 s"):
+        distributed.meet("127.0.0.1", port, 0, 3, 0.3)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_ports_of_a_job_are_its_own_and_below_those_of_clients():
+    ports = [distributed.job_port(str(job)) for job in range(4_000)]
+    assert len(set(ports)) == 4_000 and min(ports) >= 10_000 and max(ports) + 4 < 32_768
+    assert all(port % 5 == 0 for port in ports)
+
+
+def test_a_step_that_cannot_be_cut_over_the_processes_is_refused_before_anything_starts(smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "needs", lambda *_: [])
+    with pytest.raises(RunError, match="4 completions a step cannot be cut into micro-batches of 2 on 3 processes"):
+        trained(tmp_path, TWO, ["distributed.processes=3"])
+    assert not (tmp_path / ARM).exists()
+
+
+@pytest.mark.parametrize(("overrides", "reason"), [
+    ("distributed.nodes=2", "nodes = 2 needs launch: slurm"),
+    ("distributed.processes=2", "launch: subprocess is one process"),
+    ("launch=torchrun distributed.processes=2 distributed.zero=3", "cannot merge an adapter"),
+    ("launch=torchrun distributed.zero=2 distributed.offload=all", "needs a higher ZeRO stage"),
+    ("launch=slurm distributed.nodes=2 vllm.mode=server", "vllm.nodes = 0 must be 1 to 1"),
+    ("launch=slurm distributed.nodes=2 vllm.nodes=1", "0 elsewhere"),
+    ("launch=torchrun distributed.processes=3 vllm.mode=colocate vllm.tensor_parallel=2", "must divide")])
+def test_a_placement_that_cannot_be_is_refused(overrides, reason):
+    with pytest.raises(recipe.RecipeError, match=reason):
+        recipe.load("nano", overrides)
+
+
+def test_where_a_run_is_placed_does_not_change_what_it_is(smoke, tmp_path):
+    alone, spread = (launch.stage_run("grpo", recipe.load("smoke", more), tmp_path, 0, ARM) for more in
+                     ([], ["launch=torchrun", "distributed.processes=2", "distributed.checkpoint_every_minutes=5"]))
+    assert alone.fingerprint == spread.fingerprint
+
+
+def test_slurm_without_an_allocation_is_refused(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(RunError, match="--engine slurm"):
+        distributed.world(recipe.load("paper"))
+
+
+def test_a_checkpoint_is_due_by_the_clock(smoke, tmp_path):
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    made = recipe.load("smoke", "distributed.checkpoint_every_minutes=1")
+    rows = train.Rows(Run(tmp_path, made, 0, ("grpo",)), {})
+    control, args = TrainerControl(), TrainingArguments(str(tmp_path), use_cpu=True)
+    rows.on_step_end(args, TrainerState(), control)
+    assert not control.should_save
+    rows.saved -= 61
+    rows.on_step_end(args, TrainerState(), control)
+    assert control.should_save and not control.should_training_stop
+    rows.on_save(args, TrainerState(), control)
+    control.should_save = False
+    rows.on_step_end(args, TrainerState(), control)
+    assert not control.should_save
+
+
+@pytest.mark.parametrize("name", ["nano", "smoke", "paper"])
+def test_what_a_stage_needs_is_what_it_asks_for(name, tmp_path, monkeypatch):
+    """`launch` does the needs first, each by its own launch; then the stage itself must find all of them finished."""
+    made = recipe.load(name, "data.train=kit:train data.heldout=kit:heldout")
+    for arm in made.arms:
+        for stage in ("cold-start", "writing-rm", "corpus", "distil", "pack", "pretrain", *launch.arm_stages(made, arm)):
+            asked, original = [], launch.run_stage
+
+            def first(other, recipe, root, seed, of=None, own=stage, asked=asked, original=original):
+                if other == own and not asked:
+                    asked.append(None)
+                    return original(other, recipe, root, seed, of)
+                asked.append((other, of))
+                return tmp_path
+
+            monkeypatch.setattr(launch, "run_stage", first)
+            for module, functions in _WORK.items():
+                for function in functions:
+                    monkeypatch.setattr(f"lwzlib.{module}.{function}", lambda *_: tmp_path)
+            launch.run_stage(stage, made, tmp_path, 0, arm if stage in launch._OF_ARMS else None)
+            found = launch.needs(stage, made, arm if stage in launch._OF_ARMS else None)
+            assert {other for other, _ in asked[1:]} == {other for other, _ in found}, (arm, stage)
+            monkeypatch.undo()
+
+
+_WORK = {"pretrain": ["cold_start", "pretrain"], "reward_model": ["train_rm"], "sft": ["train_sft"], "grpo": ["train_arm"],
+         "distil": ["distil"], "shards": ["prepare"], "packing": ["pack"], "generate": ["samples", "samples_during"]}
+
+
+def test_interrupted_is_no_failure():
+    assert issubclass(Interrupted, RunError)
