@@ -166,7 +166,7 @@ def judge(intervals, seeds: int, test: Test) -> str:
 
 def _values(tables: Tables, term: str, column: str) -> pd.Series | None:
     """Values by (seed, unit) of one term, or None where it was not measured."""
-    arm, when = _TERM.fullmatch(term).groups()
+    arm, _, when = term.partition(" ")
     of_steps = when.startswith("quarter")
     rows = tables.rl if of_steps else tables.held_out
     rows = rows[(rows.arm == arm) & (True if of_steps else rows.phase == when)]

@@ -245,6 +245,7 @@ class Agent:
 
 
 def main() -> int:
+    """The agent of one node: exit code of its first rank that failed, or 0."""
     parser = argparse.ArgumentParser(description="Start the ranks of this node; see lwzlib.distributed.")
     parser.add_argument("--head", required=True)
     parser.add_argument("--logs", required=True, type=Path)

@@ -9,11 +9,12 @@ def ratio(above, below, resamples: int = 5000, seed: int = 0, level: float = 0.9
     above, below = np.asarray(above, float), np.asarray(below, float)
     if not len(above):
         return np.nan, np.nan, np.nan
-    low, high = np.nan, np.nan
-    if len(above) > 1 and resamples:
-        weights = resample(len(above), resamples, seed)
-        low, high = percentiles((weights @ above) / (weights @ below), level)
-    return float(above.sum() / below.sum()), float(low), float(high)
+    value = float(above.sum() / below.sum())
+    if len(above) < 2 or not resamples:
+        return value, np.nan, np.nan
+    weights = resample(len(above), resamples, seed)
+    low, high = percentiles((weights @ above) / (weights @ below), level)
+    return value, float(low), float(high)
 
 
 def mean(values, resamples: int = 5000) -> tuple[float, float, float]:

@@ -149,6 +149,7 @@ def stages_table() -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
+    """A table; its columns are those of the first row."""
     head = [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
     return "\n".join(head + [f"| {' | '.join(map(str, row.values()))} |" for row in rows])
 

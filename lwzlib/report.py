@@ -34,6 +34,7 @@ def write(folder: str | Path) -> Path:
 
 
 def template(name: str) -> jinja2.Template:
+    """A page's template, which escapes what it is given."""
     return jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(name)
 
 

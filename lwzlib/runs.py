@@ -219,6 +219,7 @@ def stop_on_signal() -> None:
 
 
 def stop_asked() -> bool:
+    """Whether that signal came."""
     return _stop.is_set()
 
 

@@ -44,6 +44,7 @@ C = {
 
 
 def c(name: str) -> float:
+    """A constant's value."""
     return C[name].value
 
 
