@@ -120,9 +120,11 @@ class Tables:
 
 
 def read(results: Path = FIGURES / "results", published: Path = FIGURES / "published") -> Tables:
-    """All tables of both folders; a file that is missing leaves its table empty. Raises DataError, which names file, line
-    and field, for a row without its provenance, a row that comes twice, or two runs under one arm and seed."""
+    """All tables of both folders; a results file that is missing leaves its table empty. Raises DataError, which names file,
+    line and field, for a row without its provenance, a row that comes twice, or two runs under one arm and seed."""
     said = [_checked(path, Published, ["exhibit", "model", "metric"]) for path in sorted(Path(published).glob("*.csv"))]
+    if not said:
+        raise DataError(f"no published numbers in {published}; they are in figures/published of the project")
     found: dict[str, list] = {kind: [] for kind in _KINDS}
     for path in sorted(Path(results).glob("*.csv")):
         kind = next(kind for kind in _KINDS if path.stem.endswith(kind))

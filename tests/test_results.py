@@ -68,6 +68,11 @@ def test_tables_of_a_setting_and_of_none(tmp_path):
     assert none.settings == [] and none.of("nano").elo.empty and len(none.published)
 
 
+def test_no_published_numbers_is_a_clear_error(tmp_path):
+    with pytest.raises(DataError, match=f"no published numbers in {tmp_path}"):
+        results.read(published=tmp_path)
+
+
 def test_elo_follows_the_scores_and_only_within_a_seed():
     table = made.held_out().assign(setting="nano")
     found = results.embedded_elo(table).set_index(["arm", "step"]).elo
