@@ -164,7 +164,8 @@ def _executor(profile: Profile, folder: Path, name: str) -> _Executor:
         job_name=name, time=profile.minutes, nodes=profile.nodes, ntasks_per_node=1, cpus_per_task=profile.cpus_per_node,
         mem=f"{profile.memory_gb_per_node}G" if profile.memory_gb_per_node else "0", wckey=None, use_srun=False,
         stderr_to_stdout=True, setup=_setup(profile), **optional,
-        additional_parameters={"requeue": True, "signal": f"B:USR2@{profile.stop_before_end_s}"} | profile.sbatch)
+        additional_parameters={"requeue" if profile.requeues else "no-requeue": True,
+                               "signal": f"B:USR2@{profile.stop_before_end_s}"} | profile.sbatch)
     return executor
 
 

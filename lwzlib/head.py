@@ -1,9 +1,9 @@
 """Inside the job, on the first node of the allocation: executes the notebook. `state.json` tells everybody how it went.
 
 A job ends here as `finished`, `failed` (a cell), `timed out` or `node lost`; any other end is Slurm's to tell. Before its time
-limit (SIGUSR2) or when it is cancelled or preempted (SIGTERM) the cell that runs is interrupted as by Ctrl-C, so that its stage
-writes a checkpoint. After a time limit or the loss of a node the job goes back into the queue, and the notebook runs again
-from the top: what was finished is loaded, the rest goes on from its checkpoint.
+limit Slurm sends SIGUSR2: the cell that runs is interrupted as by Ctrl-C, so that its stage can write a checkpoint. After a time
+limit or the loss of a node the job goes back into the queue, and the notebook runs again from the top: what was finished is
+loaded, the rest goes on from its checkpoint.
 """
 
 import json
@@ -26,7 +26,7 @@ from lwzlib.runs import write_atomic
 
 _ANSWER_S = 60  # a node that does not start a command within it is lost
 _SAVE_S = 1.0
-_stopped: list[str] = []  # why the notebook is to stop
+_stopped: list[int] = []  # the signal that said so
 
 
 class Head(NBClientEngine):
@@ -49,7 +49,7 @@ class Head(NBClientEngine):
         def cell_start(cell, cell_index=None, **more):
             now[:] = [cell, cell_index]
             if _stopped:
-                raise CellExecutionError("", "Stopped", _stopped[0])
+                raise CellExecutionError("", "Stopped", "the time limit is near")
             return start(cell, cell_index, **more)
 
         nb_man.cell_start, nb_man.save, nb_man.autosave_cell = cell_start, save, save_soon
@@ -83,8 +83,7 @@ def main(folder: Path) -> int:
     if restarts > allowed:
         state.say("node lost", why=f"the job was started again {allowed} times already (requeues = {allowed})")
         return 1
-    for number in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    signal.signal(signal.SIGUSR2, _interrupt)
     try:
         return _execute(folder, asked, state, restarts < allowed)
     finally:
@@ -102,10 +101,8 @@ def _execute(folder: Path, asked: dict, state: State, again: bool) -> int:
             state.say("running", why=str(error).strip())  # the kernel died: Slurm may know why
             raise
     failed = any(cell.metadata.papermill.exception for cell in notebook.cells)
-    if _stopped and _stopped[0] == "time limit":
-        return _again(state, "timed out") if again else state.say("timed out") or 1
     if _stopped:
-        return 128 + signal.SIGTERM
+        return _again(state, "timed out") if again else state.say("timed out") or 1
     if failed and (why := _lost_node()):
         return _again(state, "node lost", why) if again else state.say("node lost", why=why) or 1
     state.say("failed" if failed else "finished")
@@ -113,10 +110,10 @@ def _execute(folder: Path, asked: dict, state: State, again: bool) -> int:
 
 
 def _interrupt(number, frame):
-    _stopped.append("time limit" if number == signal.SIGUSR2 else "terminated")
-    if len(_stopped) == 1:  # a second Ctrl-C would cut short the writing of the checkpoint
+    if not _stopped:  # a second Ctrl-C would cut short the writing of the checkpoint
         for kernel in psutil.Process().children():
             kernel.send_signal(signal.SIGINT)
+    _stopped.append(number)
 
 
 def _lost_node() -> str:
@@ -134,7 +131,6 @@ def _lost_node() -> str:
 
 def _again(state: State, end: str, why: str = "") -> int:
     """Back into the queue; Slurm ends this process."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     state.say("requeued", why=f"{end} {why}".strip())
     asked = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
     if asked.returncode:

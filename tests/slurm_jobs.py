@@ -4,6 +4,7 @@ import concurrent.futures
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
@@ -52,7 +53,16 @@ class Site:
 
     def started(self, notebook: Path, changes: str = "", **parameters) -> concurrent.futures.Future:
         """`run` in a thread; its error is that of papermill."""
-        return concurrent.futures.ThreadPoolExecutor(1).submit(self.run, notebook, changes, **parameters)
+        future = concurrent.futures.Future()
+
+        def work():
+            try:
+                future.set_result(self.run(notebook, changes, **parameters))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        return future
 
     def client(self, notebook: Path, *words: str) -> subprocess.Popen:
         """What a researcher types."""
@@ -74,6 +84,10 @@ class Site:
         except (ValueError, FileNotFoundError):  # half-written
             return []
         return [cell for cell in cells if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.tags]
+
+    def shown(self, index: int) -> str:
+        """What a cell of the local notebook has printed so far."""
+        return printed(cells[index]) if (cells := self.cells()) else ""
 
 
 def printed(cell) -> str:

@@ -37,9 +37,7 @@ def test_the_notebook_runs_over_two_nodes_and_comes_back_while_it_runs(site, tmp
         "print(subprocess.run('srun -l --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 hostname', shell=True, "
         "capture_output=True, text=True).stdout)")
     started = site.started(notebook, f"nodes=2 offline=true scratch={tmp_path}", seed=7)
-    cell = until(lambda: (site.cells() or [None] * 2)[1] if "seed 7" in map(str.strip, map(printed, site.cells())) else None,
-                 "the output of a cell that still runs", 60)
-    assert cell.metadata.papermill.status == "running"
+    until(lambda: site.shown(1) == "seed 7\n", "the output of a cell that still runs", 60)
     go_on.touch()
     done = started.result(60)
     cells = [cell for cell in done.cells if cell.cell_type == "code"]
@@ -60,7 +58,7 @@ def test_a_failing_cell_fails_with_its_traceback_and_the_rest_stays_pending(site
 
 def test_ctrl_c_cancels_the_job(site, cluster):
     client = site.client(site.notebook("import time\nprint('here', flush=True)\ntime.sleep(600)", "print('never')"))
-    until(lambda: site.cells() and printed(site.cells()[1]), "the first line", 60)
+    until(lambda: site.shown(1), "the first line", 60)
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
     assert jobs.ask(site.jobs()[0].record["job_id"]).state == "CANCELLED"
@@ -72,7 +70,7 @@ def test_ctrl_c_cancels_the_job(site, cluster):
 def test_a_killed_client_finds_its_job_again(site, tmp_path):
     notebook = site.notebook(STEPS.format(path=str(tmp_path / "steps"), steps=60, pause=0.2))
     client = site.client(notebook)
-    until(lambda: site.cells() and printed(site.cells()[1]), "the first line", 60)
+    until(lambda: site.shown(1), "the first line", 60)
     client.kill()
     client.communicate()
     with pytest.raises(RuntimeError, match=r"is being made by Slurm job \d+ of another notebook \(seed was 0, is 3\)"):
