@@ -222,7 +222,6 @@ def _unusable(profile: Profile) -> str:
 
 def submit(profile: Profile, folder: Path, name: str) -> str:
     """The job's id. Raises ClusterError with Slurm's reason."""
-    check(profile, folder, name)
     try:
         return _executor(profile, folder, name).submit_command(_command(profile, folder))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:

@@ -1,9 +1,9 @@
 """Inside the job, on the first node of the allocation: executes the notebook. `state.json` tells everybody how it went.
 
 A job ends here as `finished`, `failed` (a cell), `timed out` or `node lost`; any other end is Slurm's to tell. Before its time
-limit Slurm sends SIGUSR2: the cell that runs is interrupted as by Ctrl-C, so that its stage can write a checkpoint. After a time
-limit or the loss of a node the job goes back into the queue, and the notebook runs again from the top: what was finished is
-loaded, the rest goes on from its checkpoint.
+limit Slurm sends SIGUSR2: the cell that runs is interrupted as by Ctrl-C, so that its stage can write a checkpoint. After a
+time limit or the loss of a node the job goes back into the queue, and the notebook runs again from the top: what was finished
+is loaded, the rest goes on from its checkpoint.
 """
 
 import json

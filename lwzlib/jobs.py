@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from lwzlib.cluster import ClusterError
-from lwzlib.runs import write_atomic
+from lwzlib.runs import read_rows, write_atomic
 
 FINAL = ("finished", "failed", "timed out", "node lost")  # what a job may say of its own end
 _SETTLE_S = 4  # the end of a job is Slurm's word only after this: its result, or its requeue, may still come
@@ -189,3 +191,36 @@ def of(folder: Path, name: str) -> list[Job]:
     """The jobs that were submitted under a name, oldest first."""
     numbers = sorted(int(path.name) for path in (folder / name).glob("[0-9]*") if (path / "job.json").exists())
     return [Job(folder / name / str(number)) for number in numbers]
+
+
+def summary(job: Job) -> dict[str, str]:
+    """State, nodes, stage, step and tokens/s of a job, as text; what nobody knows is empty."""
+    said, record = job.said, job.record
+    seen = ask(record["job_id"]) if record.get("job_id") and said.get("state") not in FINAL else None
+    end = job.end(seen)
+    state = end.state.lower() if end else status(said, seen) if seen else "Slurm does not answer"
+    shown = {"state": state if record.get("job_id") else "not submitted", "nodes": said.get("nodes", ""), "stage": "",
+             "step": "", "tokens_per_s": ""}
+    return shown | _progress(Path(record["cwd"]) / record["parameters"].get("run_dir", "runs"), record["parameters"].get("arm"))
+
+
+def _progress(root: Path, arm: str | None) -> dict[str, str]:
+    """Of the stage that was last at work, from its folder alone: a recipe may need the hub to be read."""
+    places = [*root.glob("*/status.json"), *(root / arm).glob("*/status.json")] if arm else root.glob("**/status.json")
+    if not (found := sorted(places, key=lambda path: path.stat().st_mtime)):
+        return {}
+    status, folder = json.loads(found[-1].read_text()), found[-1].parent
+    step = f"{status['step']}/{status['total']}" if status.get("total") else ""
+    rate = tokens_per_s(folder)
+    return {"stage": folder.name, "step": step, "tokens_per_s": f"{rate:.0f}" if rate else ""}
+
+
+def tokens_per_s(stage: Path, last: int = 10) -> float | None:
+    """Of the last steps of a stage: of completions (GRPO), or of what it trains on. None where no row tells."""
+    rows = [row for row in read_rows(stage / "metrics.jsonl")[-last:] if row.get("step_s")]
+    if not rows:
+        return None
+    grpo = yaml.safe_load((stage / "recipe.yaml").read_text()).get("grpo", {})
+    completions = grpo.get("group_size", 0) * grpo.get("queries_per_step", 0)
+    tokens = [row["completion_tokens"] * completions if "completion_tokens" in row else row.get("tokens") for row in rows]
+    return None if None in tokens else sum(tokens) / sum(row["step_s"] for row in rows)

@@ -15,6 +15,7 @@ import time
 
 import click
 import nbformat
+import papermill
 from papermill.engines import Engine
 from papermill.log import logger
 
@@ -22,7 +23,7 @@ from lwzlib import cluster, recipe
 from lwzlib.cluster import ClusterError
 from lwzlib.jobs import End, Job, Watch, ask, id_of, name_of, of
 from lwzlib.recipe import RecipeError
-from lwzlib.runs import RunError, locked
+from lwzlib.runs import RunError, locked, write_atomic
 
 _LOOK_S = 0.5
 _CANCEL_PATIENCE_S = 60
@@ -72,8 +73,7 @@ class SlurmEngine(Engine):
             _follow(mirror, watch, _CANCEL_PATIENCE_S)
             mirror.fail(End("CANCELLED", "JobCancelled", f"Slurm job {job.record['job_id']} was cancelled by Ctrl-C"))
             raise
-        finally:
-            job.note(seen=True)
+        job.note(seen=True)
         if end.name:
             mirror.fail(end)
 
@@ -82,8 +82,16 @@ def parameters_of(nb) -> dict:
     """Names and literal values of the cell tagged `parameters`."""
     cells = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
     nodes = ast.parse(cells[0].source).body if cells else []
-    assigned = [node for node in nodes if isinstance(node, ast.Assign)]
-    return {target.id: ast.literal_eval(node.value) for node in assigned for target in node.targets}
+    assigned = [(node.targets[0] if isinstance(node, ast.Assign) else node.target, node.value)
+                for node in nodes if isinstance(node, ast.Assign | ast.AnnAssign)]
+    return {name.id: _literal(value) for name, value in assigned}
+
+
+def _literal(node):
+    try:
+        return ast.literal_eval(node)
+    except ValueError:  # computed: its value is the notebook's affair
+        return None
 
 
 def checked(nb) -> dict:
@@ -145,12 +153,20 @@ def submitted(site: cluster.Profile, name: str, asked: dict, nb) -> Job:
     cluster.check(site, folder, job_name)
     folder.mkdir(exist_ok=True)
     nbformat.write(nb, folder / "input.ipynb")
-    job = Job(folder)
-    (folder / "job.json").write_text("{}")
-    job.note(**asked, name=job_name, digest=_digest(nb, asked), submitted=time.time())
+    job, record = Job(folder), asked | {"name": job_name, "digest": _digest(nb, asked), "submitted": time.time()}
+    write_atomic(folder / "job.json", json.dumps(record, indent=1))
     job.note(job_id=cluster.submit(site, folder, job_name))
     logger.info(f"Slurm job {job.record['job_id']}: {folder}")
     return job
+
+
+def dry_run(notebook, output, parameters: dict, profile: str | None) -> str:
+    """The batch script of a job, after all the checks that need no Slurm. Raises ClusterError or RecipeError."""
+    nb = papermill.execute_notebook(notebook, None, parameters, prepare_only=True)
+    site, name = cluster.load(profile), name_of(os.path.abspath(output))
+    checked(nb)
+    number = len(of(site.jobs_folder, name)) + 1
+    return cluster.script(site, site.jobs_folder / name / str(number), f"lwz-{name}-{number}")
 
 
 def _follow(mirror: "Mirror", watch: Watch, patience_s: float = float("inf")) -> End | None:

@@ -1,7 +1,9 @@
 """The engine slurm on a real Slurm of two nodes: the whole path, what it refuses, Ctrl-C, and a client that is killed."""
 
+import os
 import signal
 import subprocess
+import sys
 
 import pytest
 import slurm_cluster
@@ -9,6 +11,7 @@ from polling import until
 from slurm_jobs import STEPS, Site, left_running, printed, statuses
 
 from lwzlib import jobs
+from lwzlib.launch import stage_run
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +23,9 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def site(cluster, tmp_path):
-    until(lambda: not squeue(), "the end of earlier jobs", 30)
-    return Site(tmp_path)
+    yield Site(tmp_path)
+    subprocess.run(["scancel", "--user", "root"], check=True)  # what a failed test left
+    until(lambda: not squeue(), "the end of its jobs", 60)
 
 
 def squeue() -> list[str]:
@@ -34,16 +38,18 @@ def test_the_notebook_runs_over_two_nodes_and_comes_back_while_it_runs(site, tmp
         f"import time\nfrom pathlib import Path\nprint('seed', seed, flush=True)\n"
         f"while not Path({str(go_on)!r}).exists(): time.sleep(0.1)",
         "import socket, subprocess, os\nprint(socket.gethostname(), os.environ['HF_HUB_OFFLINE'], os.environ['TMPDIR'])\n"
+        "print(os.nice(0), os.environ['LWZ_CONTAINER'])\n"
         "print(subprocess.run('srun -l --nodes=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 hostname', shell=True, "
         "capture_output=True, text=True).stdout)")
-    started = site.started(notebook, f"nodes=2 offline=true scratch={tmp_path}", seed=7)
+    started = site.started(notebook, f"nodes=2 offline=true scratch={tmp_path} container='nice -n 3'", seed=7)
     until(lambda: site.shown(1) == "seed 7\n", "the output of a cell that still runs", 60)
     go_on.touch()
     done = started.result(60)
     cells = [cell for cell in done.cells if cell.cell_type == "code"]
     scratch = tmp_path / f"lwz-{site.jobs()[0].record['job_id']}"
     assert printed(cells[-1]).splitlines()[0] == f"node1 1 {scratch}" and not scratch.exists()
-    assert sorted(printed(cells[-1]).split()[3:]) == ["0:", "1:", "node1", "node2"]
+    assert int(printed(cells[-1]).splitlines()[1].split()[0]) >= 3 and "nice -n 3" in printed(cells[-1])
+    assert sorted(printed(cells[-1]).split()[7:]) == ["0:", "1:", "node1", "node2"]
     assert set(statuses(cells)) == {"completed"} and cells[-1].execution_count == 4
     assert site.jobs()[0].said["state"] == "finished"
 
@@ -103,6 +109,29 @@ def test_a_client_killed_before_it_noted_the_job_finds_it_by_its_name(site):
     job.note(job_id=None)
     site.run(notebook)
     assert printed(site.cells()[1]) == "made once\n" and len(site.jobs()) == 1
+
+
+def test_lwz_jobs_shows_the_state_the_nodes_and_how_far_the_run_is(site, smoke, tmp_path):
+    asked = f'recipe = "smoke"\nseed = 0\narm = "base-think"\nrun_dir = {str(tmp_path / "run")!r}'
+    started = site.started(site.notebook("import time\nprint('here', flush=True)\ntime.sleep(600)", parameters=asked))
+    until(lambda: site.shown(1), "the first line", 60)
+    run = stage_run("grpo", smoke, tmp_path / "run", 0, "base-think")
+    with run.work():
+        run.append("metrics", *({"step": step, "completion_tokens": 50.0, "step_s": 2.0} for step in (1, 2)))
+        run.update(step=2, total=4)
+    tokens_per_s = 50 * smoke.grpo.group_size * smoke.grpo.queries_per_step / 2
+    command = [sys.executable, "-m", "lwzlib.cli", "jobs", "--profile", str(site.profile)]
+
+    def shown():
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1].split()
+
+    row, number = shown(), site.jobs()[0].record["job_id"]
+    assert row[:2] + row[3:9] == [number, "in", "running", "on", "node1", "node1", "grpo", "2/4"], row
+    assert float(row[9]) == round(tokens_per_s)
+    subprocess.run(["scancel", number], check=True)
+    assert started.exception(60).ename == "JobCancelled" and shown()[3] == "cancelled"
 
 
 @pytest.mark.parametrize(("changes", "parameters", "reason"), [

@@ -23,6 +23,7 @@ def cluster(tmp_path_factory):
 def site(cluster, tmp_path):
     until(lambda: slurm_cluster.idle() == set(slurm_cluster.NODES), "two idle nodes", 90)
     yield Site(tmp_path)
+    subprocess.run(["scancel", "--user", "root"], check=True)  # what a failed test left
     until(lambda: not left_running(cluster.folder), "the end of every process", 60)
 
 
@@ -31,6 +32,11 @@ WAITS = "import time\nprint('here', flush=True)\ntime.sleep(600)"
 
 def scancel(job, *words):
     subprocess.run(["scancel", *words, job.record["job_id"]], check=True)
+
+
+def shown(site):
+    """The state in `lwz jobs`."""
+    return jobs.summary(site.jobs()[-1])["state"]
 
 
 def head_of(job):
@@ -47,7 +53,7 @@ def test_a_cancelled_job_says_so(site):
     started = site.started(site.notebook(WAITS, "print('never')"))
     scancel(waiting(site))
     error = error_of(started)
-    assert error.ename == "JobCancelled" and "was cancelled" in error.evalue
+    assert error.ename == "JobCancelled" and "was cancelled" in error.evalue and shown(site) == "cancelled"
     assert statuses(site.cells()) == ["completed", "failed", "pending"]
 
 
@@ -57,7 +63,7 @@ def test_a_killed_worker_says_so_and_its_kernel_ends(site):
     kernel = head_of(job).children()[0]
     head_of(job).kill()
     error = error_of(started)
-    assert error.ename == "JobKilled" and "exit code and signal 0:9" in error.evalue
+    assert error.ename == "JobKilled" and "exit code and signal 0:9" in error.evalue and shown(site) == "failed"
     assert statuses(site.cells()) == ["completed", "failed", "pending"]
     until(lambda: not kernel.is_running(), "the end of the kernel", 20)
 
@@ -74,6 +80,7 @@ def test_too_much_memory_says_so(site):
     notebook = site.notebook("x = bytearray(3 * 2**30)\nimport time\ntime.sleep(60)")
     error = error_of(site.started(notebook, "memory_gb_per_node=1"))
     assert error.ename == "JobOutOfMemory" and "1 GB were asked for on each node" in error.evalue
+    assert shown(site) == "out_of_memory"
 
 
 @pytest.mark.parametrize(("requeues", "end"), [(0, "JobTimedOut"), (1, None)])
@@ -85,6 +92,7 @@ def test_before_the_time_limit_the_cell_is_interrupted_and_the_job_starts_again(
     if end:
         error = error_of(started)
         assert error.ename == end and "before its time limit of 01:00:00; it had no requeue left" in error.evalue
+        assert shown(site) == "timed out"
         assert statuses(site.cells()) == ["completed", "failed", "pending"]
     else:
         done = started.result(120)
@@ -121,9 +129,10 @@ def test_the_loss_of_another_node_is_told_from_an_error_of_the_cell(site, cluste
     cluster.crash("node2")
     try:
         if not requeues:
-            assert error_of(started).ename == "NodeLost"
+            assert error_of(started).ename == "NodeLost" and shown(site) in ("node lost", "node_fail")
             return
         until(lambda: jobs.ask(job.record["job_id"]).state == "PENDING", "the requeue", 120)
+        assert shown(site).startswith("pending")
     finally:
         cluster.boot("node2")
     assert printed(started.result(150).cells[1]).startswith("from step 3") and job.said["restarts"] == 1
@@ -135,7 +144,7 @@ def test_a_restarted_controller_costs_nothing(site, cluster):
     cluster.stop("slurmctld", signal.SIGKILL)
     until(lambda: len((site.folder / "steps").read_text().split()) > 20, "a few steps", 60)
     cluster.start("slurmctld")
-    assert "all steps" in printed(started.result(90).cells[1])
+    assert "all steps" in printed(started.result(90).cells[1]) and shown(site) == "finished"
 
 
 def test_a_job_that_slurm_forgot_without_a_result_is_lost(site, cluster):
@@ -147,4 +156,4 @@ def test_a_job_that_slurm_forgot_without_a_result_is_lost(site, cluster):
         path.unlink() if path.is_file() else None
     cluster.start("slurmctld")
     error = error_of(started, 120)
-    assert error.ename in ("JobLost", "JobKilled")
+    assert error.ename == "JobLost" and shown(site) == "unknown"
