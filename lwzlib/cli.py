@@ -1,5 +1,5 @@
 """`lwz`: run, stage, status, corpus, recipe, estimate, prepare, doctor, score, hacks, serve-rm, curate, figures, export,
-claims, report; generate, judge, aggregate, arena, elo, rate, unblind."""
+claims, report; generate, judge, aggregate, arena, elo, rate, unblind; jobs, submit."""
 
 import contextlib
 import sys
@@ -10,13 +10,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lwzlib import job_commands, runs
 from lwzlib import recipe as recipes
-from lwzlib import runs
 from lwzlib.evaluate import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="The LongWriter-Zero reproduction kit.")
 app.add_typer(commands.app)
+app.add_typer(job_commands.app)
 out = Console()
 Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="name=value, such as grpo.steps=5; repeatable")]
 Seed = Annotated[int, typer.Option(help="Every random choice follows from it.")]

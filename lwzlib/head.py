@@ -1,0 +1,153 @@
+"""Inside the job, on the first node of the allocation: executes the notebook. `state.json` tells everybody how it went.
+
+A job ends here as `finished`, `failed` (a cell), `timed out` or `node lost`; any other end is Slurm's to tell. Before its time
+limit Slurm sends SIGUSR2: the cell that runs is interrupted as by Ctrl-C, so that its stage can write a checkpoint. After a
+time limit or the loss of a node the job goes back into the queue, and the notebook runs again from the top: what was finished
+is loaded, the rest goes on from its checkpoint.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+from nbclient.exceptions import CellExecutionError
+from papermill.engines import NBClientEngine
+
+from lwzlib.jobs import FINAL
+from lwzlib.runs import write_atomic
+
+_ANSWER_S = 60  # a node that does not start a command within it is lost
+_SAVE_S = 1.0
+_stopped: list[int] = []  # the signal that said so
+
+
+class Head(NBClientEngine):
+    """papermill's own; it stops between two cells too, and a kernel that died leaves its cell failed, not completed.
+
+    `live` is written whole, at most a second after an output came: papermill's own autosave waits for the output after it."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, live=None, **options):
+        start, now = nb_man.cell_start, [nb_man.nb.cells[0], 0]
+
+        def save(*_, **more):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            write_atomic(live, nbformat.writes(nb_man.nb))
+
+        def save_soon():
+            if not signal.getitimer(signal.ITIMER_REAL)[0]:
+                signal.setitimer(signal.ITIMER_REAL, _SAVE_S)
+
+        def cell_start(cell, cell_index=None, **more):
+            now[:] = [cell, cell_index]
+            if _stopped:
+                raise CellExecutionError("", "Stopped", "the time limit is near")
+            return start(cell, cell_index, **more)
+
+        nb_man.cell_start, nb_man.save, nb_man.autosave_cell = cell_start, save, save_soon
+        signal.signal(signal.SIGALRM, save)
+        try:
+            return super().execute_managed_notebook(nb_man, kernel_name, **options)
+        except Exception:
+            nb_man.cell_exception(now[0], cell_index=now[1])
+            raise
+
+
+class State:
+    """The job's own account of itself, kept over requeues."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "state.json"
+        self.now = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def say(self, state: str, **more) -> None:
+        self.now |= {"state": state, "at": time.time()} | more
+        write_atomic(self.path, json.dumps(self.now, indent=1))
+
+
+def main(folder: Path) -> int:
+    asked, state = json.loads((folder / "job.json").read_text()), State(folder)
+    if state.now.get("state") in FINAL:
+        return 0  # a node was lost after the end, and Slurm started the job again
+    restarts, allowed = int(os.environ.get("SLURM_RESTART_COUNT", "0")), asked["profile"]["requeues"]
+    state.say("running", job_id=os.environ["SLURM_JOB_ID"], node=socket.gethostname(), restarts=restarts, why="",
+              nodes=os.environ["SLURM_JOB_NODELIST"], pid=os.getpid())
+    if restarts > allowed:
+        state.say("node lost", why=f"the job was started again {allowed} times already (requeues = {allowed})")
+        return 1
+    signal.signal(signal.SIGUSR2, _interrupt)
+    try:
+        return _execute(folder, asked, state, restarts < allowed)
+    finally:
+        _clean(asked["profile"]["scratch"])
+
+
+def _execute(folder: Path, asked: dict, state: State, again: bool) -> int:
+    os.chdir(asked["cwd"])
+    notebook = nbformat.read(folder / "input.ipynb", 4)
+    try:
+        notebook = Head.execute_notebook(notebook, asked["kernel"], progress_bar=False, live=folder / "live.ipynb",
+                                         **asked["options"])
+    except Exception as error:
+        if not _stopped:
+            state.say("running", why=str(error).strip())  # the kernel died: Slurm may know why
+            raise
+    failed = any(cell.metadata.papermill.exception for cell in notebook.cells)
+    if _stopped:
+        return _again(state, "timed out") if again else state.say("timed out") or 1
+    if failed and (why := _lost_node()):
+        return _again(state, "node lost", why) if again else state.say("node lost", why=why) or 1
+    state.say("failed" if failed else "finished")
+    return int(failed)
+
+
+def _interrupt(number, frame):
+    if not _stopped:  # a second Ctrl-C would cut short the writing of the checkpoint
+        for kernel in psutil.Process().children():
+            kernel.send_signal(signal.SIGINT)
+    _stopped.append(number)
+
+
+def _lost_node() -> str:
+    """Why a node of the allocation is lost; empty if each starts a command."""
+    count = os.environ["SLURM_JOB_NUM_NODES"]
+    if count == "1":
+        return ""
+    command = ["srun", "--overlap", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpus-per-task=1", "true"]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S)
+    except subprocess.TimeoutExpired:
+        return f"srun did not reach all of {os.environ['SLURM_JOB_NODELIST']} within {_ANSWER_S} s"
+    return tried.stderr.strip() if tried.returncode else ""
+
+
+def _again(state: State, end: str, why: str = "") -> int:
+    """Back into the queue; Slurm ends this process."""
+    state.say("requeued", why=f"{end} {why}".strip())
+    asked = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
+    if asked.returncode:
+        state.say(end, why=f"{why}; it could not be started again: {asked.stderr.strip()}")
+        return 1
+    signal.pause()
+    return 1
+
+
+def _clean(scratch: str | None) -> None:
+    if scratch and (folder := os.environ.get("TMPDIR", "")).startswith(scratch):
+        count = os.environ["SLURM_JOB_NUM_NODES"]
+        shutil.rmtree(folder, ignore_errors=True)
+        if count != "1":
+            subprocess.run(["srun", "--overlap", f"--nodes={count}", f"--ntasks={count}", "rm", "-rf", folder],
+                           timeout=_ANSWER_S, capture_output=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
