@@ -16,13 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
-import psutil
-from nbclient.exceptions import CellExecutionError
-from papermill.engines import NBClientEngine
+# jsonschema, which nbformat imports, would build a grammar of IRIs: a second of processor time for what no notebook holds.
+sys.modules["rfc3987_syntax"] = None
 
-from lwzlib.jobs import FINAL
-from lwzlib.runs import write_atomic
+import nbformat  # noqa: E402
+import psutil  # noqa: E402
+from nbclient.exceptions import CellExecutionError  # noqa: E402
+from papermill.engines import NBClientEngine  # noqa: E402
+
+from lwzlib.jobs import FINAL  # noqa: E402
+from lwzlib.runs import write_atomic  # noqa: E402
 
 _ANSWER_S = 60  # a node that does not start a command within it is lost
 _SAVE_S = 1.0
