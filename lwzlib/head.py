@@ -16,13 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
-import psutil
-from nbclient.exceptions import CellExecutionError
-from papermill.engines import NBClientEngine
+# jsonschema, which nbformat imports, would build a grammar of IRIs: a second of processor time for what no notebook holds.
+sys.modules["rfc3987_syntax"] = None
 
-from lwzlib.jobs import FINAL
-from lwzlib.runs import write_atomic
+import nbformat  # noqa: E402
+import psutil  # noqa: E402
+from nbclient.exceptions import CellExecutionError  # noqa: E402
+from papermill.engines import NBClientEngine  # noqa: E402
+
+from lwzlib.jobs import FINAL  # noqa: E402
+from lwzlib.runs import write_atomic  # noqa: E402
 
 _ANSWER_S = 60  # a node that does not start a command within it is lost
 _SAVE_S = 1.0
@@ -84,13 +87,15 @@ def main(folder: Path) -> int:
         state.say("node lost", why=f"the job was started again {allowed} times already (requeues = {allowed})")
         return 1
     signal.signal(signal.SIGUSR2, _interrupt)
+    if cannot := _lost_node():
+        print(f"srun does not reach every node; a failing cell will not be taken for a lost node: {cannot}", flush=True)
     try:
-        return _execute(folder, asked, state, restarts < allowed)
+        return _execute(folder, asked, state, restarts < allowed, not cannot)
     finally:
         _clean(asked["profile"]["scratch"])
 
 
-def _execute(folder: Path, asked: dict, state: State, again: bool) -> int:
+def _execute(folder: Path, asked: dict, state: State, again: bool, reached: bool) -> int:
     os.chdir(asked["cwd"])
     notebook = nbformat.read(folder / "input.ipynb", 4)
     try:
@@ -103,7 +108,7 @@ def _execute(folder: Path, asked: dict, state: State, again: bool) -> int:
     failed = any(cell.metadata.papermill.exception for cell in notebook.cells)
     if _stopped:
         return _again(state, "timed out") if again else state.say("timed out") or 1
-    if failed and (why := _lost_node()):
+    if failed and reached and (why := _lost_node()):
         return _again(state, "node lost", why) if again else state.say("node lost", why=why) or 1
     state.say("failed" if failed else "finished")
     return int(failed)
@@ -119,7 +124,7 @@ def _interrupt(number, frame):
 def _lost_node() -> str:
     """Why a node of the allocation is lost; empty if each starts a command."""
     count = os.environ["SLURM_JOB_NUM_NODES"]
-    if count == "1":
+    if count == "1" or not shutil.which("srun"):
         return ""
     command = ["srun", "--overlap", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpus-per-task=1", "true"]
     try:

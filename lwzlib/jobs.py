@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -104,7 +105,7 @@ class Job:
             if state in ("FAILED", "CANCELLED", "COMPLETED") and _OUT_OF_MEMORY.search("\n".join(self.log_tail(50))):
                 state = "OUT_OF_MEMORY"
         name, message = _ENDS[state]
-        words = {"nodes": said.get("nodes", ""), "exit": seen.exit if seen else ""} | record["profile"]
+        words = record["profile"] | {"nodes": said.get("nodes", ""), "exit": seen.exit if seen else ""}
         why = said.get("why", "")
         return End(state, name, f"Slurm job {record['job_id']} {message.format(**words)}" + (f": {why}" if why else ""))
 
@@ -154,7 +155,7 @@ def ask(job_id: str) -> Seen | None:
     """What Slurm says of a job now; None where it does not answer."""
     try:
         asked = subprocess.run(["scontrol", "-o", "show", "job", job_id], capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, FileNotFoundError):
         return None
     if asked.returncode:
         return _from_accounting(job_id) if "Invalid job id" in asked.stderr else None
@@ -164,6 +165,8 @@ def ask(job_id: str) -> Seen | None:
 
 
 def _from_accounting(job_id: str) -> Seen | None:
+    if not shutil.which("sacct"):
+        return Seen("UNKNOWN")
     command = ["sacct", "-n", "-P", "-X", "-j", job_id, "-o", "State,NodeList,ExitCode"]
     asked = subprocess.run(command, capture_output=True, text=True)
     if asked.returncode and "disabled" not in asked.stderr:

@@ -1,6 +1,7 @@
 """Small notebooks for the engine `slurm`, and clients that run them through papermill on the Slurm of this machine."""
 
 import concurrent.futures
+import contextlib
 import os
 import subprocess
 import sys
@@ -104,6 +105,13 @@ def statuses(cells) -> list[str]:
     return [cell.metadata.papermill.status for cell in cells]
 
 
+def nothing_left(folder: Path, seconds: float = 60) -> None:
+    """No process of a job of this cluster lives on."""
+    with contextlib.suppress(AssertionError):
+        until(lambda: not left_running(folder), "the end of every process", seconds)
+    assert not (left := left_running(folder)), left
+
+
 def left_running(folder: Path) -> list[str]:
     """Command lines of processes that a job of this cluster started and that still live."""
     found = []
@@ -111,7 +119,7 @@ def left_running(folder: Path) -> list[str]:
         try:
             environ = (path / "environ").read_bytes()
             if b"SLURM_JOB_ID=" in environ and str(folder).encode() in environ:
-                found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                found.append(f"{path.name} {(path / 'cmdline').read_bytes().replace(bytes(1), b' ').decode()}")
         except OSError:
             continue
     return found

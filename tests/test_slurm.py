@@ -8,7 +8,7 @@ import sys
 import pytest
 import slurm_cluster
 from polling import until
-from slurm_jobs import STEPS, Site, left_running, printed, statuses
+from slurm_jobs import STEPS, Site, nothing_left, printed, statuses
 
 from lwzlib import jobs
 from lwzlib.launch import stage_run
@@ -18,7 +18,7 @@ from lwzlib.launch import stage_run
 def cluster(tmp_path_factory):
     with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
-        until(lambda: not left_running(cluster.folder), "the end of every process", 30)
+        nothing_left(cluster.folder)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_ctrl_c_cancels_the_job(site, cluster):
     assert jobs.ask(site.jobs()[0].record["job_id"]).state == "CANCELLED"
     assert statuses(site.cells()) == ["completed", "failed", "pending"]
     assert "cancelled by Ctrl-C" in site.cells()[1].outputs[1].evalue
-    until(lambda: not left_running(cluster.folder), "the end of every process", 30)
+    nothing_left(cluster.folder)
 
 
 def test_a_killed_client_finds_its_job_again(site, tmp_path):

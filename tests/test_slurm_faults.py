@@ -8,7 +8,7 @@ import psutil
 import pytest
 import slurm_cluster
 from polling import until
-from slurm_jobs import STEPS, Site, error_of, left_running, printed, statuses
+from slurm_jobs import STEPS, Site, error_of, nothing_left, printed, statuses
 
 from lwzlib import jobs
 
@@ -24,7 +24,7 @@ def site(cluster, tmp_path):
     until(lambda: slurm_cluster.idle() == set(slurm_cluster.NODES), "two idle nodes", 90)
     yield Site(tmp_path)
     subprocess.run(["scancel", "--user", "root"], check=True)  # what a failed test left
-    until(lambda: not left_running(cluster.folder), "the end of every process", 60)
+    nothing_left(cluster.folder)
 
 
 WAITS = "import time\nprint('here', flush=True)\ntime.sleep(600)"
