@@ -82,15 +82,28 @@ def test_two_processes_learn_what_one_learns(alone, rowwise, tmp_path, capfd):
     assert trained(tmp_path, TWO).status == run.status
 
 
-@pytest.mark.skipif("LWZ_REQUIRE_DEEPSPEED" not in os.environ and not (importlib.util.find_spec("deepspeed") and
-                                                                       shutil.which("g++")),
-                    reason="needs deepspeed and a C++ compiler: `make zero`")
+needs_deepspeed = pytest.mark.skipif(
+    "LWZ_REQUIRE_DEEPSPEED" not in os.environ and not (importlib.util.find_spec("deepspeed") and shutil.which("g++")),
+    reason="needs deepspeed and a C++ compiler: `make zero`")
+
+
+@needs_deepspeed
 @pytest.mark.parametrize("zero", [2, 3])
 def test_zero_learns_what_one_process_learns(alone, rowwise, tmp_path, zero):
     run = trained(tmp_path, TWO, [f"distributed.zero={zero}"])
     same(run, alone)
     shards = list((run.folder / "checkpoints" / run.status["checkpoint"]).rglob("zero_pp_rank_1*_optim_states.pt"))
     assert shards, "rank 1 has no shard: DeepSpeed did not engage"
+
+
+@needs_deepspeed
+def test_zero_learns_with_a_judge_that_zero_trained(smoke, tmp_path):
+    """Its pairs are made by one process with a whole model, and it scores whole in every process beside a sharded policy."""
+    made = recipe.load("smoke", TWO, ["distributed.zero=3", "cold_start.queries=0", "writing_rm.batch_pairs=2", "grpo.steps=2"])
+    run = launch.launch("grpo", made, tmp_path, 0, ARM)
+    judge = launch.stage_run("writing-rm", made, tmp_path, 0)
+    assert run.finished and judge.finished and len(judge.rows("scores")) == len(judge.rows("pairs_heldout"))
+    assert all(abs(row["writing"]) < 100 for row in run.rows()) and load_file(judge.folder / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
