@@ -5,7 +5,6 @@ is one string: `"generic nodes=8 time=2-00:00:00"`. It is taken from the engine'
 else `site.yaml` (yours, not committed) if there is one, else `generic`.
 """
 
-import difflib
 import os
 import re
 import shlex
@@ -20,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from lwzlib.quantities import Count, Positive, Section
-from lwzlib.recipe import RecipeError, assigned
+from lwzlib.recipe import RecipeError, assigned, nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "cluster_jobs" / "profiles"
@@ -79,6 +78,7 @@ class Profile(Section):
 
 
 def names() -> list[str]:
+    """Of the committed profiles, and of `site`."""
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
@@ -119,11 +119,6 @@ def _read(source: str, below: tuple = ()) -> dict:
         raise ClusterError(f"profile {path} extends itself")
     parent = tree.pop("extends", None)
     return _read(parent, (*below, path)) | tree if parent else tree
-
-
-def nearest(name: str, valid) -> str:
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _problem(problem: dict) -> str:

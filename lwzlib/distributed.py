@@ -25,6 +25,7 @@ from lwzlib.runs import INTERRUPTED, RunError, end_with, write_atomic
 
 _PORTS = 5  # of a job: rendezvous, health check, vLLM's weights, its server, its engines
 _MEET_S = 60  # for the nodes of an allocation to reach each other
+_SAVE_S = 900  # for the other ranks, when the first has saved and stopped: rank 0 may still write
 _GRACE_S = 10  # for ranks that were asked to end
 _POLL_S = 0.05
 
@@ -212,7 +213,7 @@ class Agent:
 
     def end(self, *_) -> None:
         """Ask the ranks to stop, once; `wait` kills those that do not."""
-        if self.ending is None:
+        if self.ending is None or self.ending > time.monotonic():
             self.ending = time.monotonic()
             self.signal(signal.SIGINT)
 
@@ -233,8 +234,9 @@ class Agent:
 
     def report(self, rank: int, code: int) -> int:
         """Remember the first rank that failed, and end the others. An interrupted rank did not fail: all are stopping."""
-        if code == INTERRUPTED or self.ending:
-            return INTERRUPTED if self.ending or code == INTERRUPTED else code
+        if code in (INTERRUPTED, -signal.SIGUSR1) or self.ending:
+            self.ending = self.ending or time.monotonic() + _SAVE_S
+            return INTERRUPTED
         what = f"rank {rank} of {self.options.nodes * self.options.processes} on {socket.gethostname()} ended first, " + (
             f"by signal {-code}" if code < 0 else f"with exit code {code}") + f" (log: {self.log(rank)})"
         write_atomic(self.options.logs / f"failed-{self.node}.json",

@@ -15,7 +15,7 @@ def _load(name: str):
 
     logging.disable_progress_bar()
     try:  # bfloat16: three times as fast on CPU, cosines equal to three digits
-        with torch.random.fork_rng():  # loaded in the midst of training
+        with torch.random.fork_rng(), models.whole():  # loaded in the midst of training
             return SentenceTransformer(models.resolve(name), model_kwargs={"dtype": torch.bfloat16})
     except OSError as error:
         raise models.ModelError(f"cannot load sentence encoder {name}: {str(error).splitlines()[0]}") from error

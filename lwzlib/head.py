@@ -77,6 +77,7 @@ class State:
 
 
 def main(folder: Path) -> int:
+    """Run the notebook of the job in `folder` and leave what became of it in `state.json`."""
     asked, state = json.loads((folder / "job.json").read_text()), State(folder)
     if state.now.get("state") in FINAL:
         return 0  # a node was lost after the end, and Slurm started the job again

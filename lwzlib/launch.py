@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lwzlib import data, distributed, serving
 from lwzlib.recipe import Recipe
-from lwzlib.runs import INTERRUPTED, Interrupted, Run, RunError, end_with, stop_on_signal, write_atomic
+from lwzlib.runs import INTERRUPTED, Interrupted, Run, RunError, Stop, end_with, write_atomic
 
 _BASE = ("model", "data", "prompt", "cold_start")  # what every trained weight depends on
 _JUDGED = (*_BASE, "writing_rm", "reward")
@@ -190,7 +190,7 @@ def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | N
     `launch` of the recipe: inline (in this process), subprocess, torchrun (`distributed.processes` on this machine) or slurm
     (on each node of the allocation); the last two spread the stages that train and start what they need first.
     Raises RunError with the last lines of a process that failed, Interrupted where one was asked to stop. An interrupt ends
-    the processes; the next call resumes.
+    the processes, inside a Slurm job after a checkpoint; the next call resumes.
     """
     run = stage_run(stage, recipe, root, seed, arm)
     spread = recipe.launch in ("torchrun", "slurm") and stage in _SPREAD
@@ -229,8 +229,7 @@ def _stream(command: list[str], env: dict, run: Run) -> None:
             print(line, end="", flush=True)
             last = [*last[-30:], line]
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
+        _end(process)
         raise
     finally:
         process.stdout.close()
@@ -246,9 +245,22 @@ def _stream(command: list[str], env: dict, run: Run) -> None:
         raise RunError(f"the stage ended with exit code {code}; {said}")
 
 
+def _end(process: subprocess.Popen) -> None:
+    """Stop a stage. In a Slurm job an interrupt says that the time ends: the stage saves first; a second one stops it now."""
+    for number in [signal.SIGUSR1] * ("SLURM_JOB_ID" in os.environ) + [signal.SIGINT]:
+        process.send_signal(number)
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+            process.wait()
+            return
+        except KeyboardInterrupt:
+            continue
+
+
 def end_with_parent() -> None:
     """In a launched process: leave when the parent is gone, so that a killed notebook leaves nothing running; save and stop
     when asked to."""
-    stop_on_signal()
+    Stop.listen()
     if parent := int(os.environ.get("LWZ_END_WITH", "0")):
         end_with(parent)

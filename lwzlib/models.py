@@ -8,6 +8,7 @@
 anything else                a folder, or the name of a model on the hub
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -98,6 +99,21 @@ def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False,
         raise ModelError(f"cannot load model {name}: {str(error).splitlines()[0]}") from error
     model.config.pad_token_id = words.pad_token_id
     return model.to("cuda" if scorer and torch.cuda.is_available() else "cpu").eval(), words
+
+
+@contextlib.contextmanager
+def whole():
+    """Models that are loaded inside are loaded whole, also where ZeRO-3 would shard them over all processes: a judge that one
+    process asks alone would wait for the others for ever."""
+    from transformers.integrations import deepspeed as zero
+
+    active = zero._hf_deepspeed_config_weak_ref and zero._hf_deepspeed_config_weak_ref()
+    zero.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if active:
+            zero.set_hf_deepspeed_config(active)
 
 
 def is_prepared(name: str) -> bool:

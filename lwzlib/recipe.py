@@ -83,7 +83,7 @@ class Recipe(q.Section):
 
     def arm(self, name: str) -> q.Arm:
         if name not in self.arms:
-            raise RecipeError(f"recipe {self.name} has no arm {name!r}{_nearest(name, self.arms)}; "
+            raise RecipeError(f"recipe {self.name} has no arm {name!r}{nearest(name, self.arms)}; "
                               f"it has {', '.join(self.arms)}")
         return self.arms[name]
 
@@ -165,7 +165,7 @@ def _read(source: str | Path, below: tuple = ()) -> dict:
     if path.suffix not in {".yaml", ".yml"}:
         path = RECIPES / f"{source}.yaml"
         if str(source) not in presets():
-            raise RecipeError(f"no recipe {str(source)!r}{_nearest(str(source), presets())}; presets: "
+            raise RecipeError(f"no recipe {str(source)!r}{nearest(str(source), presets())}; presets: "
                               f"{', '.join(presets())}, or give a path that ends in .yaml")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -205,14 +205,15 @@ def assigned(overrides) -> dict[str, Any]:
 
 def _put(tree: dict, name: str, value: Any) -> None:
     if name not in (known := flatten(tree)):
-        raise RecipeError(f"no quantity {name!r} in the recipe{_nearest(name, known)}")
+        raise RecipeError(f"no quantity {name!r} in the recipe{nearest(name, known)}")
     *sections, last = name.split(".")
     for section in sections:
         tree = tree[section]
     tree[last] = value
 
 
-def _nearest(name: str, valid) -> str:
+def nearest(name: str, valid) -> str:
+    """What was probably meant, as the end of an error; "" if nothing is like it."""
     near = difflib.get_close_matches(name, [str(v) for v in valid], n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -223,7 +224,7 @@ def _explain(error: ValidationError, source) -> str:
         name = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = flatten(_read("paper"))
-            lines.append(f"no quantity {name!r}{_nearest(name, known)}")
+            lines.append(f"no quantity {name!r}{nearest(name, known)}")
         elif problem["type"] == "missing":
             lines.append(f"{name} is missing")
         else:

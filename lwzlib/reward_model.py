@@ -31,7 +31,7 @@ class Scorer:
         from lwzlib import models
 
         self.info = json.loads((Path(folder) / "writing_rm.json").read_text())
-        with torch.random.fork_rng():  # loaded in the midst of training: a resumed run must draw as if it had not been
+        with torch.random.fork_rng(), models.whole():  # in the midst of training: a resumed run must draw as if it had not been
             self.model, self.tokenizer = models.load(str(folder), dtype, attention, scorer=True)
 
     def count_tokens(self, texts: Iterable[tuple[str, str]]) -> list[int]:
@@ -137,7 +137,7 @@ def train_rm(recipe: Recipe, run: Run) -> Path:
             num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, lr_scheduler_type="cosine", warmup_steps=4,
             per_device_train_batch_size=asked.batch_pairs, max_length=None,
             **train.checkpoints(asked.checkpoint_every_steps), **train.arguments(recipe, run))
-        with config.main_process_first(local=False):
+        with config.main_process_first(local=False), models.whole():
             parts = make_pairs(recipe, run)
         m = recipe.model
         set_seed(run.seed)  # the head is new

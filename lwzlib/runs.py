@@ -210,17 +210,22 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-_stop = threading.Event()
+class Stop:
+    """SIGUSR1, before a time limit: what trains saves and stops after its step (`asked`), all else stops at once."""
+
+    asked = training = False
+
+    @classmethod
+    def listen(cls) -> None:
+        signal.signal(signal.SIGUSR1, cls._come)
+
+    @classmethod
+    def _come(cls, *_) -> None:
+        cls.asked = True
+        if not cls.training:
+            raise KeyboardInterrupt
 
 
-def stop_on_signal() -> None:
-    """From now on SIGUSR1, which Slurm sends before a time limit, asks the training in this process to save and stop."""
-    signal.signal(signal.SIGUSR1, lambda *_: _stop.set())
-
-
-def stop_asked() -> bool:
-    """Whether that signal came."""
-    return _stop.is_set()
 
 
 def provenance() -> dict:

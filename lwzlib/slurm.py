@@ -100,7 +100,7 @@ def checked(nb) -> dict:
     for name, value in given.items():
         if name not in known:
             raise ClusterError(f"the notebook has no parameter {name!r} (it has {', '.join(known)})"
-                               f"{cluster.nearest(name, known)}")
+                               f"{recipe.nearest(name, known)}")
         if isinstance(known[name], int | float) and not isinstance(value, int | float):
             raise ClusterError(f"parameter {name} = {value!r} must be a number, such as {known[name]!r}")
     parameters = known | dict(given)

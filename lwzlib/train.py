@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback
 from lwzlib import distributed, models
 from lwzlib.quantities import Lora
 from lwzlib.recipe import Recipe
-from lwzlib.runs import Run, main_process, stop_asked
+from lwzlib.runs import Run, Stop, main_process
 
 # our column: the name under which TRL logs it
 GRPO_COLUMNS = {
@@ -104,7 +104,11 @@ def go(trainer, checkpoint: str | None = None):
     """Train without the library's own printout (`Rows` shows one line a step); the model, an adapter merged into it.
     Raises KeyboardInterrupt where `Rows` stopped it, after a checkpoint, because it was asked to."""
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    Stop.training = True
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        Stop.training = False
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -132,7 +136,7 @@ class Rows(TrainerCallback):
     """Writes a row a step and remembers the last checkpoint that is whole. A row whose step is repeated after a kill
     replaces the old one, because `Run.rewind` cut the file back first.
 
-    Saves by the clock too, and when the process is asked to stop (`runs.stop_on_signal`): then a last time, and ends."""
+    Saves by the clock too, and when the process is asked to stop (`runs.Stop`): then a last time, and ends."""
 
     def __init__(self, run: Run, columns: dict[str, str], total: int | None = None):
         self.run, self.columns, self.total = run, columns, total
@@ -157,7 +161,7 @@ class Rows(TrainerCallback):
               f"{shown}  {row['step_s']:.1f} s", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        due, asked = _agreed(0 < self.every_s <= time.monotonic() - self.saved, stop_asked())
+        due, asked = _agreed(0 < self.every_s <= time.monotonic() - self.saved, Stop.asked)
         control.should_save |= due or asked
         control.should_training_stop |= asked
 

@@ -16,7 +16,7 @@ import slurm_cluster
 from polling import until
 from safetensors.torch import load_file
 
-from lwzlib import distributed, launch, models, recipe, train
+from lwzlib import distributed, launch, models, recipe, runs, train
 from lwzlib.runs import INTERRUPTED, Interrupted, Run, RunError
 
 ARM = "base-think"
@@ -82,15 +82,28 @@ def test_two_processes_learn_what_one_learns(alone, rowwise, tmp_path, capfd):
     assert trained(tmp_path, TWO).status == run.status
 
 
-@pytest.mark.skipif("LWZ_REQUIRE_DEEPSPEED" not in os.environ and not (importlib.util.find_spec("deepspeed") and
-                                                                       shutil.which("g++")),
-                    reason="needs deepspeed and a C++ compiler: `make zero`")
+needs_deepspeed = pytest.mark.skipif(
+    "LWZ_REQUIRE_DEEPSPEED" not in os.environ and not (importlib.util.find_spec("deepspeed") and shutil.which("g++")),
+    reason="needs deepspeed and a C++ compiler: `make zero`")
+
+
+@needs_deepspeed
 @pytest.mark.parametrize("zero", [2, 3])
 def test_zero_learns_what_one_process_learns(alone, rowwise, tmp_path, zero):
     run = trained(tmp_path, TWO, [f"distributed.zero={zero}"])
     same(run, alone)
     shards = list((run.folder / "checkpoints" / run.status["checkpoint"]).rglob("zero_pp_rank_1*_optim_states.pt"))
     assert shards, "rank 1 has no shard: DeepSpeed did not engage"
+
+
+@needs_deepspeed
+def test_zero_learns_with_a_judge_that_zero_trained(smoke, tmp_path):
+    """Its pairs are made by one process with a whole model, and it scores whole in every process beside a sharded policy."""
+    made = recipe.load("smoke", TWO, ["distributed.zero=3", "cold_start.queries=0", "writing_rm.batch_pairs=2", "grpo.steps=2"])
+    run = launch.launch("grpo", made, tmp_path, 0, ARM)
+    judge = launch.stage_run("writing-rm", made, tmp_path, 0)
+    assert run.finished and judge.finished and len(judge.rows("scores")) == len(judge.rows("pairs_heldout"))
+    assert all(abs(row["writing"]) < 100 for row in run.rows()) and load_file(judge.folder / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +136,16 @@ def test_a_rank_that_dies_on_another_node_ends_the_job_and_is_named(smoke, slurm
     assert "RunError: the stage ended" in said and "rank 1 of 2 on node2 ended first, by signal 9" in said, said[-3000:]
     assert run.status["state"] == "failed" and not first.is_running()
     assert not (run.folder / "logs" / "failed-0.json").exists() or "rank 1 of 2" in distributed.failure(run.folder / "logs")
+
+
+def test_an_interrupt_inside_a_job_saves_first(smoke, slurm, tmp_path):
+    parent, run = allocated(tmp_path, ["grpo.steps=100000", "grpo.checkpoint_every_steps=100000"])
+    until(lambda: run.status.get("step", 0) >= 2, "step 2", 120)
+    notebook, = psutil.Process(parent.pid).children()
+    notebook.send_signal(signal.SIGINT)
+    said = parent.communicate(timeout=90)[0]
+    assert "KeyboardInterrupt" in said and run.status["state"] == "interrupted", said[-3000:]
+    assert run.status["checkpoint_step"] >= 2 and len(run.rows()) == run.status["checkpoint_step"]
 
 
 def start(folder: Path, *overrides, inside=()) -> tuple[subprocess.Popen, Run]:
@@ -331,6 +354,20 @@ def test_what_a_stage_needs_is_what_it_asks_for(name, tmp_path, monkeypatch):
 
 _WORK = {"pretrain": ["cold_start", "pretrain"], "reward_model": ["train_rm"], "sft": ["train_sft"], "grpo": ["train_arm"],
          "distil": ["distil"], "shards": ["prepare"], "packing": ["pack"], "generate": ["samples", "samples_during"]}
+
+
+def test_what_does_not_train_stops_at_once_on_the_signal(monkeypatch):
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        runs.Stop.listen()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGUSR1)
+        monkeypatch.setattr(runs.Stop, "asked", False)
+        monkeypatch.setattr(runs.Stop, "training", True)
+        signal.raise_signal(signal.SIGUSR1)
+        assert runs.Stop.asked
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_interrupted_is_no_failure():

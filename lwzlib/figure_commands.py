@@ -1,0 +1,72 @@
+"""Commands of the exhibits, under `lwz`: figures, export, report, claims."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer()
+out = Console()
+
+
+@app.command()
+def figures(results: Path = Path("figures/results"), published: Path = Path("figures/published"),
+            folder: Path = Path("figures/out"),
+            runs: Annotated[Path, typer.Option(help="Run folders in here add their completions to the page.")] = Path("runs")):
+    """Every exhibit of the paper from committed rows, as PDF, SVG, PNG, and the page index.html: no network, no GPU."""
+    from lwzlib import exhibits, page
+    from lwzlib import results as rows
+
+    tables = rows.read(results, published)
+    written = exhibits.write(tables, folder)
+    out.print(f"{folder}: {len(written)} files\n{page.write(tables, folder, runs)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(run_dirs: list[Path], to: Path = Path("figures/results/nano.csv")):
+    """Write the rows of finished runs, with their provenance, as tables that `lwz figures` draws: those of RL to `to`, those
+    of the held-out samples and of the pretraining mixture beside it."""
+    import pandas as pd
+
+    from lwzlib import figures as draw
+    from lwzlib.results import mixture_rows
+
+    table = pd.concat([draw.run_table(folder) for folder in run_dirs], ignore_index=True)
+    if table.empty:
+        raise typer.BadParameter(f"no GRPO rows in {', '.join(map(str, run_dirs))}")
+    texts = ["type", "query", "word_range", "completion"]  # these stay in the run folder
+    held_out = pd.concat([draw.held_out_table(folder, during=True) for folder in run_dirs], ignore_index=True)
+    held_out = held_out.drop(columns=texts, errors="ignore").astype({"step": "Int64"})
+    mixture = pd.concat([mixture_rows(folder) for folder in run_dirs], ignore_index=True)
+    for kind, rows in (("", table), ("_held_out", held_out), ("_mixture", mixture)):
+        if len(rows):
+            rows.round(4).to_csv(path := to.with_stem(f"{to.stem}{kind}"), index=False)
+            out.print(f"{path}: {len(rows)} rows", highlight=False)
+
+
+@app.command()
+def report(run_dir: Path):
+    """Write report.html for a run folder."""
+    from lwzlib import report as page
+
+    out.print(page.write(run_dir), highlight=False)
+
+
+@app.command()
+def claims(results: Path = Path("figures/results"), ledger: Path = Path("figures/claims.yaml"),
+           markdown: Annotated[bool, typer.Option(help="As a Markdown table.")] = False):
+    """The claims ledger: what the paper says, what was measured here, and the verdict that follows from the rows."""
+    from lwzlib import claims as book
+    from lwzlib import results as rows
+
+    entries = book.ledger(book.load(ledger), rows.read(results))
+    if markdown:
+        print(book.markdown(entries))
+        return
+    table = Table("claim", "setting", "measured here", "verdict", show_lines=True)
+    for entry in entries:
+        found = "\n".join(map(str, entry.findings)) or book.reason(entry)
+        table.add_row(entry.claim.claim, entry.setting, found.replace("[", "\\["), entry.verdict)
+    out.print(table, highlight=False)
