@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from lwzlib import figure_commands, job_commands, runs
 from lwzlib import recipe as recipes
@@ -94,7 +95,7 @@ def show_recipe(name: str, sets: Overrides = None):
     loaded = recipes.load(name, sets)
     here, paper = (recipes.flatten(r.model_dump(exclude={"arms"})) for r in (loaded, recipes.load("paper")))
     marks = recipes.marks()
-    table = Table("quantity", "here", "paper", "", "note", title=f"recipe {name}")
+    table = Table(Column("quantity", no_wrap=True), "here", "paper", "", "note", title=f"recipe {name}")
     for key, value in here.items():
         mark, note = marks.get(key, ("", ""))
         published = paper.get(key)
@@ -139,7 +140,7 @@ def doctor():
     found = checks.examine()
     for check in found:
         table.add_row("ok" if check.found else "--", check.part, check.found or "no", check.disables,
-                      "" if check.found else check.mend)
+                      "" if check.found else escape(check.mend))
     out.print(table)
     raise typer.Exit(int(any(check.needed and not check.found for check in found)))
 

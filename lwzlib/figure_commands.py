@@ -25,7 +25,8 @@ def figures(results: Path = Path("figures/results"), published: Path = Path("fig
 
 
 @app.command()
-def export(run_dirs: list[Path], to: Path = Path("figures/results/nano.csv")):
+def export(run_dirs: list[Path],
+           to: Annotated[Path, typer.Option(help="Such as figures/results/mine.csv; what is there is replaced.")]):
     """Write the rows of finished runs, with their provenance, as tables that `lwz figures` draws: those of RL to `to`, those
     of the held-out samples and of the pretraining mixture beside it."""
     import pandas as pd

@@ -48,7 +48,7 @@ class LengthReward:
     def score(self, words: int, word_range: tuple[int, int]) -> float:
         lower, upper = word_range
         if not 0 <= lower <= upper < self.max_words:
-            raise ValueError(f"word range [{lower}, {upper}] must satisfy 0 <= lower <= upper < "
+            raise RewardError(f"word range [{lower}, {upper}] must satisfy 0 <= lower <= upper < "
                              f"reward.length.max_words = {self.max_words}")
         if words < lower:
             return words / lower
