@@ -5,6 +5,8 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # tests start processes beside their own
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
 
 import fake_llm_server
 import pytest
@@ -35,9 +37,14 @@ def llm_server(tmp_path_factory):
         yield server
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     import torch
 
+    # A file is one worker's. All that start a Slurm are the same worker's, and the first: its nodes have fixed names.
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slurm" if hasattr(item.module, "slurm_cluster") else item.module.__name__))
+    items.sort(key=lambda item: not hasattr(item.module, "slurm_cluster"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
