@@ -18,6 +18,7 @@ from typing import Annotated
 import submitit
 import yaml
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from lwzlib.quantities import Count, Positive, Section
 from lwzlib.recipe import RecipeError, assigned
@@ -126,7 +127,7 @@ def nearest(name: str, valid) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _problem(problem: dict) -> str:
+def _problem(problem: ErrorDetails) -> str:
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"no key {name!r}{nearest(name, Profile.model_fields)}"
