@@ -17,6 +17,7 @@ from typing import Annotated
 import submitit
 import yaml
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from lwzlib.quantities import Count, Positive, Section
 from lwzlib.recipe import RecipeError, assigned, nearest
@@ -121,7 +122,7 @@ def _read(source: str, below: tuple = ()) -> dict:
     return _read(parent, (*below, path)) | tree if parent else tree
 
 
-def _problem(problem: dict) -> str:
+def _problem(problem: ErrorDetails) -> str:
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"no key {name!r}{nearest(name, Profile.model_fields)}"

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 # jsonschema, which nbformat imports, would build a grammar of IRIs: a second of processor time for what no notebook holds.
-sys.modules["rfc3987_syntax"] = None
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 import nbformat  # noqa: E402
 import psutil  # noqa: E402
@@ -108,9 +108,9 @@ def _execute(folder: Path, asked: dict, state: State, again: bool, reached: bool
             raise
     failed = any(cell.metadata.papermill.exception for cell in notebook.cells)
     if _stopped:
-        return _again(state, "timed out") if again else state.say("timed out") or 1
+        return _again(state, again, "timed out")
     if failed and reached and (why := _lost_node()):
-        return _again(state, "node lost", why) if again else state.say("node lost", why=why) or 1
+        return _again(state, again, "node lost", why)
     state.say("failed" if failed else "finished")
     return int(failed)
 
@@ -135,8 +135,11 @@ def _lost_node() -> str:
     return tried.stderr.strip() if tried.returncode else ""
 
 
-def _again(state: State, end: str, why: str = "") -> int:
-    """Back into the queue; Slurm ends this process."""
+def _again(state: State, allowed: bool, end: str, why: str = "") -> int:
+    """Back into the queue, where it is allowed: Slurm then ends this process."""
+    if not allowed:
+        state.say(end, why=why)
+        return 1
     state.say("requeued", why=f"{end} {why}".strip())
     asked = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
     if asked.returncode:

@@ -116,7 +116,8 @@ class Watch:
     def __init__(self, job: Job, tell):
         self.job, self.tell = job, tell  # tell(text): what is new
         self.seen: Seen | None = None
-        self.next, self.ended, self.told = 0.0, None, ""
+        self.ended: float | None = None
+        self.next, self.told = 0.0, ""
 
     def end(self) -> End | None:
         if said := self.job.said:
@@ -226,4 +227,5 @@ def tokens_per_s(stage: Path, last: int = 10) -> float | None:
     grpo = yaml.safe_load((stage / "recipe.yaml").read_text()).get("grpo", {})
     completions = grpo.get("group_size", 0) * grpo.get("queries_per_step", 0)
     tokens = [row["completion_tokens"] * completions if "completion_tokens" in row else row.get("tokens") for row in rows]
-    return None if None in tokens else sum(tokens) / sum(row["step_s"] for row in rows)
+    known = [each for each in tokens if each is not None]
+    return sum(known) / sum(row["step_s"] for row in rows) if len(known) == len(rows) else None

@@ -84,7 +84,7 @@ def parameters_of(nb) -> dict:
     nodes = ast.parse(cells[0].source).body if cells else []
     assigned = [(node.targets[0] if isinstance(node, ast.Assign) else node.target, node.value)
                 for node in nodes if isinstance(node, ast.Assign | ast.AnnAssign)]
-    return {name.id: _literal(value) for name, value in assigned}
+    return {ast.unparse(name): _literal(value) for name, value in assigned}
 
 
 def _literal(node):
@@ -125,9 +125,8 @@ def attached(site: cluster.Profile, name: str, asked: dict, nb) -> Job | None:
     record = job.record
     if record.get("seen"):
         return None
-    if not record.get("job_id") and not (found := id_of(record["name"])):
+    if not (number := record.get("job_id") or id_of(record["name"])):
         return None  # the client died before it submitted
-    number = record.get("job_id") or found
     job.note(job_id=number)
     seen = ask(number)
     if seen is None:
@@ -183,7 +182,7 @@ class Mirror:
 
     def __init__(self, nb_man, job: Job, log_output: bool, files: dict):
         self.nb_man, self.job, self.log_output, self.files = nb_man, job, log_output, files
-        self.path, self.version = job.folder / "live.ipynb", None
+        self.path, self.version = job.folder / "live.ipynb", 0
         self.shown: dict[tuple, int] = {}  # characters of a cell's stream that were passed on
 
     def tell(self, text: str) -> None:
