@@ -30,7 +30,8 @@ ARMS = {"base-nothink": ("#0072B2", "-", "o"), "base-think": ("#D55E00", "-", "s
 REWARDS = ("length", "writing", "format")
 LABELS = {"length": "length reward", "format": "format reward", "writing": "Writing RM score", "think_words": "plan, words",
           "answer_words": "answer, words", "completion_tokens": "completion, tokens", "truncated": "share truncated",
-          "elo": "Elo, Bradley-Terry", "think_tokens": "plan, tokens", "answer_words_not_truncated": "whole answers, words", "loss": "loss, nats a token"}
+          "elo": "Elo, Bradley-Terry", "think_tokens": "plan, tokens", "answer_words_not_truncated": "whole answers, words",
+          "loss": "loss, nats a token"}
 _KEPT = ("length", "writing", "format", "think_words", "answer_words", "think_tokens", "answer_tokens", "completion_tokens",
          "answer_words_not_truncated", "truncated", "groups_without_variance", "entropy", "loss", "step_s")
 
