@@ -59,7 +59,9 @@ def write(asked, measured: dict[str, list[float]], version: str) -> None:
              "| command | mean, s | each, s |", "|---|--:|---|"]
     lines += [f"| `{name}` | {statistics.mean(times):.2f} | {', '.join(f'{t:.2f}' for t in times)} |"
               for name, times in measured.items()]
-    lines += ["", f"The engine adds {engine - plain:.2f} s; ratio {engine / plain:.3f}.", ""]
+    spread = max(measured["papermill"]) - min(measured["papermill"])
+    lines += ["", f"The engine adds {engine - plain:.2f} s; ratio {engine / plain:.3f}. The runs of plain papermill differ by "
+              f"{spread:.2f} s among themselves: a smaller difference is noise.", ""]
     (HERE / "slurm_overhead.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
