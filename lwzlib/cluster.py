@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import submitit
 import yaml
@@ -42,6 +42,7 @@ class Profile(Section):
     qos: str | None
     nodes: Positive
     gpus_per_node: Count
+    gpu: Literal["h800", "h100", "h200", "a100"] | None  # whether the recipe fits is checked before submission; none: not
     gres: str | None  # where the site wants gpu:h100:8 instead of a count of GPUs
     cpus_per_node: Positive
     memory_gb_per_node: Count  # 0: all that the node has

@@ -49,7 +49,8 @@ class SlurmEngine(Engine):
             if not output_path or "://" in str(output_path):
                 raise ClusterError("the engine slurm writes the notebook while the job runs: give a path on the file system as "
                                    "output, and leave papermill's request_save_on_cell_execute on")
-            site, parameters = cluster.load(profile), checked(nb)
+            site = cluster.load(profile)
+            parameters = checked(nb, site)
             name = name_of(os.path.abspath(output_path))
             (site.jobs_folder / name).mkdir(parents=True, exist_ok=True)
             with locked(site.jobs_folder / name / "lock"):
@@ -94,7 +95,7 @@ def _literal(node):
         return None
 
 
-def checked(nb) -> dict:
+def checked(nb, site: cluster.Profile) -> dict:
     """The parameters that the notebook will run with. Raises ClusterError or RecipeError for one that cannot be."""
     known, given = parameters_of(nb), nb.metadata.papermill.get("parameters", {})
     for name, value in given.items():
@@ -108,7 +109,23 @@ def checked(nb) -> dict:
         loaded = recipe.load(parameters["recipe"], parameters.get("overrides"))
         if "arm" in parameters:
             loaded.for_arm(parameters["arm"])
+            _fits(loaded, site)
     return parameters
+
+
+def _fits(loaded: recipe.Recipe, site: cluster.Profile) -> None:
+    """Raises ClusterError for GRPO that needs more nodes than the job has, or more memory than its GPUs have."""
+    if loaded.launch not in ("torchrun", "slurm"):
+        return
+    from lwzlib import estimate, sizes
+
+    for wanted, has, what in ((loaded.distributed.nodes, site.nodes, "nodes"),
+                              (loaded.distributed.processes, site.gpus_per_node, "gpus_per_node")):
+        if site.gpu and wanted > has:
+            raise ClusterError(f"recipe {loaded.name} wants {wanted} {'nodes' if what == 'nodes' else 'processes a node'}, and "
+                               f"the profile gives {what}={has}: change either, by overrides or by LWZ_PROFILE")
+    if site.gpu and (reasons := estimate.problems(estimate.plan(loaded, sizes.GPUS[site.gpu]))):
+        raise ClusterError(f"recipe {loaded.name} cannot run on {site.gpu}: {'; '.join(reasons)} (see `lwz estimate`)")
 
 
 def _digest(nb, asked: dict) -> str:
@@ -163,7 +180,7 @@ def dry_run(notebook, output, parameters: dict, profile: str | None) -> str:
     """The batch script of a job, after all the checks that need no Slurm. Raises ClusterError or RecipeError."""
     nb = papermill.execute_notebook(notebook, None, parameters, prepare_only=True)
     site, name = cluster.load(profile), name_of(os.path.abspath(output))
-    checked(nb)
+    checked(nb, site)
     number = len(of(site.jobs_folder, name)) + 1
     return cluster.script(site, site.jobs_folder / name / str(number), f"lwz-{name}-{number}")
 

@@ -36,8 +36,8 @@ class Site:
 
     def __init__(self, folder: Path, **changes):
         self.folder, self.jobs_folder = folder, folder / "jobs"
-        small = {"extends": "generic", "gpus_per_node": 0, "cpus_per_node": 1, "memory_gb_per_node": 2, "time": "01:00:00",
-                 "requeues": 1, "jobs": str(self.jobs_folder), "poll_s": 1} | changes
+        small = {"extends": "generic", "gpus_per_node": 0, "gpu": None, "cpus_per_node": 1, "memory_gb_per_node": 2,
+                 "time": "01:00:00", "requeues": 1, "jobs": str(self.jobs_folder), "poll_s": 1} | changes
         self.profile = folder / "profile.yaml"
         self.profile.write_text(yaml.safe_dump(small))
 
