@@ -27,7 +27,7 @@ reproduce: setup  ## think against no-think on a real small model, to runs/$(REC
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/lwz run $(RECIPE) --seed $(SEED)
 
 test: setup  ## all tests: real training, resume, notebooks, the page in a browser
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -q -rs --durations=12 -n 2 --dist loadgroup
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -q -rs --durations=12 -n 2 --dist loadfile --no-loadscope-reorder
 
 $(VENV)-zero/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv $(VENV)-zero

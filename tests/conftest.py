@@ -37,14 +37,10 @@ def llm_server(tmp_path_factory):
         yield server
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     import torch
 
-    # A file is one worker's. All that start a Slurm are the same worker's, and the first: its nodes have fixed names.
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if hasattr(item.module, "slurm_cluster") else item.module.__name__))
-    items.sort(key=lambda item: not hasattr(item.module, "slurm_cluster"))
+    items.sort(key=lambda item: not hasattr(item.module, "slurm_cluster"))  # the longest files first
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
