@@ -357,6 +357,7 @@ _WORK = {"pretrain": ["cold_start", "pretrain"], "reward_model": ["train_rm"], "
 
 
 def test_what_does_not_train_stops_at_once_on_the_signal(monkeypatch):
+    monkeypatch.setattr(runs.Stop, "asked", False)  # and again after the test: what trains in this process would stop
     before = signal.getsignal(signal.SIGUSR1)
     try:
         runs.Stop.listen()
