@@ -40,7 +40,12 @@ def llm_server(tmp_path_factory):
 def pytest_collection_modifyitems(items):
     import torch
 
-    items.sort(key=lambda item: not hasattr(item.module, "slurm_cluster"))  # the longest files first
+    # Files that wait for Slurm alternate with files that compute, so that two workers do both at a time.
+    files = list(dict.fromkeys(item.module for item in items))
+    waiting = [file for file in files if hasattr(file, "slurm_cluster")]
+    computing = [file for file in files if file not in waiting]
+    place = {file: 2 * i for i, file in enumerate(waiting)} | {file: 2 * i + 1 for i, file in enumerate(computing)}
+    items.sort(key=lambda item: place[item.module])
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
