@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 app = typer.Typer()
 out = Console()
@@ -78,6 +78,8 @@ def aggregate(bench: Bench, scores: Path, source: Source = "",
               responses: Annotated[Path | None, typer.Option(help="For LongBench-Write's length score.")] = None,
               requirements: Requirements = ""):
     """A score file's table, with 95% intervals over queries: the benchmark's scores and those of its parts."""
+    import pandas as pd
+
     from lwzlib.evaluate import shared
     from lwzlib.evaluate.writingbench import requirements as required
 
@@ -87,7 +89,8 @@ def aggregate(bench: Bench, scores: Path, source: Source = "",
         table = module.table(items, given, required(requirements, items) if requirements else None)
     else:
         table = module.table(items, shared.responses(responses, items) if responses else {}, given)
-    shown = Table(*table.columns, title=f"{bench}: {scores}")
+    columns = [Column(name, no_wrap=not pd.api.types.is_numeric_dtype(table[name])) for name in table.columns]
+    shown = Table(*columns, title=f"{bench}: {scores}")
     for row in table.itertuples(index=False):
         shown.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
     out.print(shown)
@@ -127,7 +130,7 @@ def arena(source: Annotated[str, typer.Argument(help="A run folder with samples,
     else:
         judgments = arenas.judged_by_writing_rm(made, writing_rm or (run or Path()) / "writing-rm" / "model", margin)
         out.print("The judge is a Writing RM. Of the arms that were trained on it, it shows what they learnt, not how "
-                  "well they write.")
+                  "well they write.", soft_wrap=True)
     arenas.save(to, judgments)
     _ratings(judgments, anchor)
 
