@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 app = typer.Typer()
 out = Console()
@@ -78,8 +78,6 @@ def aggregate(bench: Bench, scores: Path, source: Source = "",
               responses: Annotated[Path | None, typer.Option(help="For LongBench-Write's length score.")] = None,
               requirements: Requirements = ""):
     """A score file's table, with 95% intervals over queries: the benchmark's scores and those of its parts."""
-    import pandas as pd
-
     from lwzlib.evaluate import shared
     from lwzlib.evaluate.writingbench import requirements as required
 
@@ -89,11 +87,8 @@ def aggregate(bench: Bench, scores: Path, source: Source = "",
         table = module.table(items, given, required(requirements, items) if requirements else None)
     else:
         table = module.table(items, shared.responses(responses, items) if responses else {}, given)
-    columns = [Column(name, no_wrap=not pd.api.types.is_numeric_dtype(table[name])) for name in table.columns]
-    shown = Table(*columns, title=f"{bench}: {scores}")
-    for row in table.itertuples(index=False):
-        shown.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
-    out.print(shown)
+    text = table.to_string(index=False, float_format="{:.2f}".format)
+    out.print(f"{bench}: {scores}\n{text}", highlight=False, soft_wrap=True)
 
 
 def _protocol(bench: str, source: str):
