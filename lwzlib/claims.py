@@ -25,7 +25,7 @@ from lwzlib.data import DataError, validated
 from lwzlib.results import FIGURES, Tables
 
 VERDICTS = ("supported", "not supported", "inconclusive", "not run")
-_TERM = re.compile(r"(?P<arm>\S+) (?P<when>before|after|quarter [1-4])")
+_TERM = re.compile(r"\S+ (before|after|quarter [1-4])")
 
 
 class Test(BaseModel):

@@ -5,6 +5,7 @@ is one string: `"generic nodes=8 time=2-00:00:00"`. It is taken from the engine'
 else `site.yaml` (yours, not committed) if there is one, else `generic`.
 """
 
+import operator
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from lwzlib.quantities import Count, Positive, Section
-from lwzlib.recipe import RecipeError, assigned, nearest
+from lwzlib.recipe import RecipeError, assigned, nearest, read_extending
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "cluster_jobs" / "profiles"
@@ -93,7 +94,7 @@ def load(asked: str | None = None) -> Profile:
             changes["time"] = dict(word.split("=", 1) for word in words[1:])["time"]
     except (RecipeError, ValueError) as error:
         raise ClusterError(f"profile {asked!r}: {error}") from None
-    tree = _read(words[0])
+    tree = read_extending(words[0], _path, "profile", ClusterError, yaml.SafeLoader, operator.or_)
     for name, value in changes.items():
         if "." in name and name.split(".")[0] in ("sbatch", "environment"):
             table, key = name.split(".", 1)
@@ -106,21 +107,12 @@ def load(asked: str | None = None) -> Profile:
         raise ClusterError(f"profile {words[0]}: " + "; ".join(map(_problem, error.errors()))) from None
 
 
-def _read(source: str, below: tuple = ()) -> dict:
+def _path(source: str) -> Path:
     path = Path(source).expanduser() if source.endswith((".yaml", ".yml")) else PROFILES / f"{source}.yaml"
     if not path.exists():
         raise ClusterError(f"no profile {source!r}{nearest(source, names())}; there are {', '.join(names())}, or give a path "
                            "that ends in .yaml")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ClusterError(f"cannot read profile {path}: {error}") from None
-    if not isinstance(tree, dict):
-        raise ClusterError(f"profile {path} must be a mapping of names to values, not {type(tree).__name__}")
-    if path in below:
-        raise ClusterError(f"profile {path} extends itself")
-    parent = tree.pop("extends", None)
-    return _read(parent, (*below, path)) | tree if parent else tree
+    return path
 
 
 def _problem(problem: ErrorDetails) -> str:

@@ -66,13 +66,17 @@ def held_out_table(folder: str | Path, during: bool = False) -> pd.DataFrame:
     for arm in sorted(arms, key=lambda arm: (known.index(arm) if arm in known else len(known), arm)):
         for phase in ("before", *["during"] * during, "after"):
             stage = Path(folder) / arm / f"samples-{phase}"
-            for path in sorted(stage.glob("samples*.jsonl"), key=lambda path: (len(path.stem), path.stem)):
-                asked = yaml.safe_load((stage / "recipe.yaml").read_text())
-                algorithm, start = (asked["inputs"].get(name, old) for name, old in (("algorithm", "grpo"), ("start", "base")))
+            paths = sorted(stage.glob("samples*.jsonl"), key=lambda path: (len(path.stem), path.stem))
+            if not paths:
+                continue
+            asked = yaml.safe_load((stage / "recipe.yaml").read_text())
+            algorithm, start = (asked["inputs"].get(name, old) for name, old in (("algorithm", "grpo"), ("start", "base")))
+            about = made_by(stage) | {"judge": judge_of(folder, asked, arm), "algorithm": algorithm, "start": start,
+                                      "phase": phase}
+            for path in paths:
                 step = {"before": 0, "during": path.stem.rpartition("_")[2], "after": asked.get("grpo", {}).get("steps")}[phase]
-                about = made_by(stage) | {"judge": judge_of(folder, asked, arm), "algorithm": algorithm, "start": start,
-                                         "phase": phase, "step": int(step) if algorithm == "grpo" else None}
-                found += [about | row | {"step": about["step"]} for row in read_rows(path)]
+                known_step = {"step": int(step) if algorithm == "grpo" else None}
+                found += [about | row | known_step for row in read_rows(path)]
     return pd.DataFrame(found, columns=None if found else ["arm", "algorithm", "start", "seed", "phase", "step", "id"])
 
 

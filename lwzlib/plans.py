@@ -161,7 +161,8 @@ def pages() -> dict[str, str]:
     sources = "\n\n".join(f"**{kind.capitalize()}**\n\n" + markdown([{key: row[key] for key in ("constant", "value", "source")}
                                                                        for row in known if row[""] == kind])
                             for kind in ("published", "measured", "assumed"))
-    time, p = step(planned("paper", SERVED)), planned("paper", SERVED)
+    p = planned("paper", SERVED)
+    time = step(p)
     parts = [{"part": line.name, "s": f"{line.value:.1f}", "share": f"{line.value / time.seconds:.0%}", "arithmetic": line.how}
              for line in time.lines]
     estimates = f"""# What GRPO needs, by size of the model

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,23 +161,35 @@ def marks() -> dict[str, tuple[str, str]]:
     return found
 
 
-def _read(source: str | Path, below: tuple = ()) -> dict:
+def _read(source: str | Path) -> dict:
+    return read_extending(source, _path, "recipe", RecipeError, _Loader, _merge)
+
+
+def _path(source: str | Path) -> Path:
     path = Path(source)
-    if path.suffix not in {".yaml", ".yml"}:
-        path = RECIPES / f"{source}.yaml"
-        if str(source) not in presets():
-            raise RecipeError(f"no recipe {str(source)!r}{nearest(str(source), presets())}; presets: "
-                              f"{', '.join(presets())}, or give a path that ends in .yaml")
+    if path.suffix in {".yaml", ".yml"}:
+        return path
+    if str(source) not in presets():
+        raise RecipeError(f"no recipe {str(source)!r}{nearest(str(source), presets())}; presets: "
+                          f"{', '.join(presets())}, or give a path that ends in .yaml")
+    return RECIPES / f"{source}.yaml"
+
+
+def read_extending(source: str | Path, find: Callable, what: str, wrong: type[Exception], loader: type, merge: Callable,
+                   below: tuple = ()) -> dict:
+    """The YAML mapping at `find`(source), merged by `merge`(below, above) over what it `extends`. Raises `wrong`, which names
+    the file, for one that cannot be read, is no mapping, or extends itself; `what` it is: a recipe, a profile."""
+    path = find(source)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"cannot read recipe {path}: {error}") from None
+        raise wrong(f"cannot read {what} {path}: {error}") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"recipe {path} must be a mapping of names to values, not {type(tree).__name__}")
+        raise wrong(f"{what} {path} must be a mapping of names to values, not {type(tree).__name__}")
     if path in below:
-        raise RecipeError(f"recipe {path} extends itself")
+        raise wrong(f"{what} {path} extends itself")
     parent = tree.pop("extends", None)
-    return _merge(_read(parent, (*below, path)), tree) if parent else tree
+    return merge(read_extending(parent, find, what, wrong, loader, merge, (*below, path)), tree) if parent else tree
 
 
 def _merge(below: dict, above: dict) -> dict:

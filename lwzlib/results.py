@@ -104,8 +104,15 @@ class Tables:
     mixture: pd.DataFrame
 
     def of(self, setting: str) -> "Tables":
-        measured = (getattr(self, field.name) for field in fields(self)[1:])
-        return Tables(self.published, *(rows[rows.setting == setting] for rows in measured))
+        """Of one setting; asked again it is the same, so that its Elo is computed once."""
+        if setting not in self._parts:
+            measured = (getattr(self, field.name) for field in fields(self)[1:])
+            self._parts[setting] = Tables(self.published, *(rows[rows.setting == setting] for rows in measured))
+        return self._parts[setting]
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, "Tables"]:
+        return {}
 
     @functools.cached_property
     def elo(self) -> pd.DataFrame:
@@ -175,8 +182,7 @@ def judgments(held_out: pd.DataFrame) -> pd.DataFrame:
         return arena.table([]).assign(seed=[])
     rows = held_out.dropna(subset="writing")
     steps = [0 if phase == "before" else step for phase, step in zip(rows.phase, rows.step, strict=True)]
-    rows = rows.assign(player=[f"{arm} after" if pd.isna(step) else f"{arm}@{step:.0f}"
-                               for arm, step in zip(rows.arm, steps, strict=True)])
+    rows = rows.assign(player=[arena.checkpoint(*each) for each in zip(rows.arm, steps, strict=True)])
     found = []
     for (seed, judge), some in rows.groupby(["seed", "judge"]):
         texts = {player: dict.fromkeys(of.id, "") for player, of in some.groupby("player")}

@@ -89,23 +89,25 @@ def test_a_killed_client_finds_its_job_again(site, tmp_path):
     assert len(site.jobs()) == 2, "a result that was seen is not given twice"
 
 
-def test_a_result_that_nobody_saw_is_given_to_the_next_client(site):
-    notebook = site.notebook("import time\ntime.sleep(1)\nprint('made once')")
+def abandoned(site, seconds):
+    """(notebook, job) of a notebook that takes so long, whose client was killed while it ran."""
+    notebook = site.notebook(f"import time\ntime.sleep({seconds})\nprint('made once')")
     client = site.client(notebook)
     job = site.running()
     client.kill()
     client.communicate()
+    return notebook, job
+
+
+def test_a_result_that_nobody_saw_is_given_to_the_next_client(site):
+    notebook, job = abandoned(site, 1)
     until(lambda: job.said["state"] == "finished", "the end", 60)
     site.run(notebook)
     assert printed(site.cells()[1]) == "made once\n" and len(site.jobs()) == 1
 
 
 def test_a_client_killed_before_it_noted_the_job_finds_it_by_its_name(site):
-    notebook = site.notebook("import time\ntime.sleep(5)\nprint('made once')")
-    client = site.client(notebook)
-    job = site.running()
-    client.kill()
-    client.communicate()
+    notebook, job = abandoned(site, 5)
     job.note(job_id=None)
     site.run(notebook)
     assert printed(site.cells()[1]) == "made once\n" and len(site.jobs()) == 1

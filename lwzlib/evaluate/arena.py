@@ -186,11 +186,16 @@ def player(source: str | Path, arena: Arena) -> dict[str, str]:
     return texts
 
 
+def checkpoint(arm: str, step: float) -> str:
+    """A player's name, from which `elo.over_steps` reads the RL step; without one (SFT) it is what stood at the end."""
+    return f"{arm} after" if pd.isna(step) else f"{arm}@{step:.0f}"
+
+
 def by_step(held_out: pd.DataFrame) -> tuple[Arena, dict[tuple[str, str], float]]:
     """(arena, {(model, query id): Writing RM score}) of a held-out table with the samples of RL (`figures.held_out_table`):
     each checkpoint is a model, `arm@step`."""
     rows = held_out.dropna(subset="step")
-    rows = rows.assign(model=[f"{arm}@{step:.0f}" for arm, step in zip(rows.arm, rows.step, strict=True)])
+    rows = rows.assign(model=[checkpoint(*each) for each in zip(rows.arm, rows.step, strict=True)])
     scores = {(model, row_id): score for model, row_id, score in rows.reindex(columns=["model", "id", "writing"]).values}
     return of_samples({model: some.to_dict("records") for model, some in rows.groupby("model", sort=False)}), scores
 
