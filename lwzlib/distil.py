@@ -31,7 +31,7 @@ def distil(recipe: Recipe, run: Run, model_name: str, writing_rm: str = "") -> P
     with run.work():
         queries = data.load(recipe.data.train, recipe.data.languages)
         chosen = random.Random(run.seed).sample(queries, min(asked.queries, len(queries)))
-        rows = generate.scored(recipe, run, "completions", train.load(recipe, model_name), writing_rm,
+        rows = generate.scored(recipe, run, "completions", train.load(recipe, model_name, spread=True), writing_rm,
                                [q for q in chosen for _ in range(asked.completions_per_query)], arm.prompt,
                                recipe.grpo.sampling, asked.batch_completions, [TAGS[arm.prompt][-1]])
         best, left_out = choose(recipe, rows)

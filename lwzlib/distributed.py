@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -111,10 +112,11 @@ def agents(at: World, logs: Path) -> list[str]:
 
 
 def srun(hosts: list[str]) -> list[str]:
-    """One task on each host, inside the allocation, beside other steps; all end when one fails, or when we do."""
+    """One task on each host, inside the allocation and the job's container, beside other steps; all end when one fails, or when
+    we do."""
     return ["setpriv", "--pdeathsig", "TERM", "srun", "--overlap", "--quit-on-interrupt", "--unbuffered",
             "--kill-on-bad-exit=1", "--distribution=block", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}",
-            "--ntasks-per-node=1", f"--nodelist={','.join(hosts)}"]
+            "--ntasks-per-node=1", f"--nodelist={','.join(hosts)}", *shlex.split(os.environ.get("LWZ_CONTAINER", ""))]
 
 
 def failure(logs: Path) -> str:

@@ -106,13 +106,15 @@ def training_memory(p: Plan) -> list[Line]:
             f"({model.layers} layers x {model.hidden} x {w} B + one layer's {kept / 1e3:.0f} kB)" if checkpointing else
             f"{model.layers} layers x {kept / 1e3:.0f} kB")),
         ("logits", c("logits_gib") * GIB, C["logits_gib"].source)]
+    judge = shape(r.writing_rm.model) if r.reward.weights.writing and not r.reward.writing.url else None
     if zero == 3:
-        lines.append(("gathered layers", 2 * model.layer_parameters * w, f"2 x {model.layer_parameters / 1e6:.0f}e6 x {w} B"))
+        layer = max(each.layer_parameters for each in (model, judge) if each)
+        lines.append(("gathered layers", 2 * layer * w, f"2 x {layer / 1e6:.0f}e6 x {w} B"))
     if r.grpo.kl_beta and not lora:
         lines.append(("reference model", size * w / parts[3], f"kl_beta > 0: {size / 1e9:.2f}e9 x {w} B / {parts[3]}"))
-    if r.reward.weights.writing and not r.reward.writing.url:
-        judge = shape(r.writing_rm.model).parameters
-        lines.append(("Writing RM", judge * w, f"in each process, reward.writing.url is empty: {judge / 1e9:.2f}e9 x {w} B"))
+    if judge:
+        lines.append(("Writing RM", judge.parameters * w / parts[3],
+                      f"reward.writing.url is empty: {judge.parameters / 1e9:.2f}e9 x {w} B / {parts[3]}"))
     return [Line("a GPU that trains", name, value / GIB, "GiB", how) for name, value, how in lines]
 
 

@@ -30,7 +30,8 @@ def counted(model, tokenizer, texts: list[str], sampling: Sampling, batch: int, 
     how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p,
            "top_k": getattr(sampling, "top_k", 0)} if sampling.temperature else {
            "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not hasattr(model, "hf_device_map"):  # else it lies on several GPUs
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     ends_of = torch.tensor(sorted(_ends(model, tokenizer)), device=model.device)
     for start in range(first // batch * batch, len(texts), batch):
         with torch.random.fork_rng():
@@ -82,7 +83,7 @@ def samples(recipe: Recipe, run: Run, arm: str, model_name: str, writing_rm: str
 
     if not run.finished:
         with run.work():
-            _held_out(recipe, run, "samples", arm, train.load(recipe, model_name), writing_rm)
+            _held_out(recipe, run, "samples", arm, train.load(recipe, model_name, spread=True), writing_rm)
     return run.folder
 
 

@@ -80,9 +80,10 @@ def tokenizer(name: str, trust_remote_code: bool = False):
     return made
 
 
-def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False, scorer: bool = False):
+def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False, scorer: bool = False, spread: bool = False):
     """(model in eval mode, tokenizer that pads on the left). A `scorer` gives one number a text, by a new head where the
-    model has none, drawn from torch's generator."""
+    model has none, drawn from torch's generator. One to `spread` lies on all GPUs of a process that has them to itself: it
+    may be larger than each."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -91,6 +92,9 @@ def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False,
     logging.disable_progress_bar()
     try:
         kind, extra = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
+        if spread := spread and torch.cuda.device_count() > 1 and "RANK" not in os.environ:
+            torch.cuda.empty_cache()  # what another model's work left unused counts as taken
+            extra["device_map"] = "auto"
         if scorer:
             logging.set_verbosity_error()  # else a report that the head is new
         model = kind.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention,
@@ -98,13 +102,15 @@ def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False,
     except OSError as error:
         raise ModelError(f"cannot load model {name}: {str(error).splitlines()[0]}") from error
     model.config.pad_token_id = words.pad_token_id
-    return model.to("cuda" if scorer and torch.cuda.is_available() else "cpu").eval(), words
+    if not spread:
+        model.to("cuda" if scorer and torch.cuda.is_available() else "cpu")
+    return model.eval(), words
 
 
 @contextlib.contextmanager
 def whole():
-    """Models that are loaded inside are loaded whole, also where ZeRO-3 would shard them over all processes: a judge that one
-    process asks alone would wait for the others for ever."""
+    """Models that are loaded inside are loaded whole, also where ZeRO-3 would shard them over all processes: one that a single
+    process uses alone would wait for the others for ever."""
     from transformers.integrations import deepspeed as zero
 
     active = zero._hf_deepspeed_config_weak_ref and zero._hf_deepspeed_config_weak_ref()

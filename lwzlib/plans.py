@@ -79,7 +79,7 @@ def sizes_table() -> list[dict]:
         small = SHAPES[name].parameters < 10e9
         if SHAPES[name].parameters > 40e9:
             continue
-        judge = [f"writing_rm.model={name}"] if small else SERVED
+        judge = [f"writing_rm.model={name}"] if small else []
         p = planned("paper", [f"model.name={name}", *judge, *(ONE_NODE if small else [])], *((1, 8) if small else (8, 8)))
         reasons, time = problems(p), step(p)
         rows.append({
@@ -94,18 +94,19 @@ def sizes_table() -> list[dict]:
 
 def changes_table() -> list[dict]:
     """What of the paper's GRPO step one change alone would save; seconds for 1,024 completions."""
-    base = planned("paper", SERVED)
+    base = planned("paper")
     now = step(base)
     halves = {"vLLM on 2 nodes, training on 6": ["vllm.nodes=2", "grpo.queries_per_step=30"],
               "vLLM beside the trainer on all 8 nodes": ["vllm.mode=colocate", "vllm.nodes=0", "vllm.sleep=true",
                                                          "vllm.memory_share=0.5"],
               "two GPUs a copy in vLLM": ["vllm.tensor_parallel=2"], "eight GPUs a copy in vLLM": ["vllm.tensor_parallel=8"],
-              "no gradient checkpointing": ["grpo.gradient_checkpointing=false"]}
+              "no gradient checkpointing": ["grpo.gradient_checkpointing=false"],
+              "Writing RM on 8 more GPUs, `lwz serve-rm`": SERVED}
     rows = [("as the recipe has it", "recipe", now.seconds, "")]
     for name, sets in halves.items():
-        p = planned("paper", SERVED + sets)
+        p = planned("paper", sets)
         rows.append((name, "recipe", step(p).seconds * 1024 / p.completions, "; ".join(problems(p))))
-    for name, values in {"Writing RM on 16 GPUs": {"rm_gpus": 16}, "weights sent at 50 GB/s": {"sync_gbs": 50},
+    for name, values in {"weights sent at 50 GB/s": {"sync_gbs": 50},
                          "training at 0.45 of peak": {"train_flops_share": 0.45}}.items():
         with sizes.assuming(**values):
             rows.append((name, "hardware or software", step(base).seconds, ""))
@@ -121,7 +122,7 @@ def changes_table() -> list[dict]:
 
 def stages_table() -> list[dict]:
     """Where the stages of `paper` run and for how long, on its 8 nodes; "unknown" where a size is not published."""
-    p = planned("paper", SERVED)
+    p = planned("paper")
     r, grpo = p.recipe, step(p)
     whole = dataclasses.replace(p, recipe=r.model_copy(update={"vllm": r.vllm.model_copy(update={"mode": "none", "nodes": 0})}))
 
@@ -129,22 +130,25 @@ def stages_table() -> list[dict]:
         each = micro_s(whole, sequence - c("prompt_tokens"), 4)
         return tokens / sequence / whole.training_gpus * each / 3600
 
-    written = r.cot.queries * r.cot.completions_per_query
+    def written_h(completions: int, batch: int, tokens: int) -> float:
+        return -(-completions // batch) * tokens * decode_s(whole, batch, tokens / 2) / 3600
+
+    distilled = r.cot.queries * r.cot.completions_per_query
+    distil_h = written_h(distilled, r.cot.batch_completions, r.grpo.sampling.max_new_tokens)
     copies, places = p.gpus // r.vllm.tensor_parallel, slots(p)
-    distil_h = written * p.mean_tokens / (places * copies / decode_s(p, places, p.mean_tokens / 2)) / 3600
+    vllm_h = distilled * p.mean_tokens / (copies * places) * decode_s(p, places, p.mean_tokens / 2) / 3600
+    samples_h = written_h(r.samples.queries, r.samples.batch_completions, r.samples.sampling.max_new_tokens)
     rows = [
         ("writing-rm", "8 x 8", "unknown", "the number of pairs is not published", "ZeRO-3, by launch: slurm"),
         ("corpus", "CPU nodes", "unknown", "the size of the raw corpus is not published", "Slurm job arrays"),
-        ("grpo, each of 3 arms", f"{p.nodes[0]} + {p.nodes[1]} vLLM, and {c('rm_gpus'):.0f} GPUs for the Writing RM",
+        ("grpo, each of 3 arms", f"{p.nodes[0]} + {p.nodes[1]} vLLM, 8 GPUs each",
          f"{grpo.seconds * r.grpo.steps / 3600:.0f} h", grpo.bound.name, "launch: slurm; not run on GPUs yet"),
-        ("distil", "8 x 8", f"{distil_h:.0f} h", f"writing {written:,} completions with vLLM on {copies} copies",
-         "not yet: one process with transformers, which 32B does not fit"),
+        ("distil", "1 x 8", f"{distil_h:.0f} h", "one process with transformers, its model over the GPUs",
+         f"impractical at this size: vLLM on {copies} copies would take {vllm_h:.0f} h, and is not built"),
         ("pretrain", "8 x 8", f"{forward_backward_h(r.pretrain.tokens, r.pretrain.sequence_tokens) / 24:.1f} days",
          "arithmetic of 30e9 tokens", "ZeRO-3, by launch: slurm; not run on GPUs yet"),
         ("sft, each of 2 arms", "8 x 8", "unknown", "tokens of LongWriter-6k: not counted here", "ZeRO-3, by launch: slurm"),
-        ("Writing RM, beside grpo", f"1 x {c('rm_gpus'):.0f}", "as long as grpo", "arithmetic of 72B",
-         "not yet: `lwz serve-rm` holds its model on one GPU"),
-        ("samples", "1 GPU", "unknown", "the KV cache of 32 texts", "not yet: 32B and its cache do not fit one GPU")]
+        ("samples, each", "1 x 8", f"{samples_h:.1f} h", "the length of the longest", "as distil; not run on GPUs yet")]
     return [dict(zip(("stage", "nodes x GPUs", "time", "bound by", "in this kit"), row, strict=True)) for row in rows]
 
 
@@ -169,7 +173,7 @@ def pages() -> dict[str, str]:
 
 Made by `python -m lwzlib.plans`; nothing here was run. H800 of 80 GiB, the paper's sampling (at most 14,000 new tokens), a
 mean of {p.mean_tokens:.0f} tokens assumed. On one node: 256 completions a step, ZeRO-3, vLLM beside the trainer and a Writing
-RM of the policy's size in each process; on 8 nodes: 1,024 completions, and a served Writing RM of 72B on a ninth node.
+RM of the policy's size; on 8 nodes: 1,024 completions, and one of 72B. It is sharded beside the policy.
 `lwz estimate RECIPE` shows the arithmetic line by line.
 
 {markdown(sizes_table())}

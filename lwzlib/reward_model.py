@@ -23,16 +23,25 @@ _SEED_OF_PAIRS = 1  # added to the run's seed, so that pairs are not drawn as th
 
 
 class Scorer:
-    """A trained Writing RM. `info` is what `writing_rm.json` says: identity, frame, fold_layout, max_tokens, floor."""
+    """A trained Writing RM. `info` is what `writing_rm.json` says: identity, frame, fold_layout, max_tokens, floor.
+
+    Beside a policy that ZeRO-3 shards it is sharded too: then all processes make it, and score, together."""
 
     def __init__(self, folder: str | Path, dtype: str, attention: str):
         import torch
+        from transformers.integrations import is_deepspeed_zero3_enabled
 
         from lwzlib import models
 
         self.info = json.loads((Path(folder) / "writing_rm.json").read_text())
-        with torch.random.fork_rng(), models.whole():  # in the midst of training: a resumed run must draw as if it had not been
-            self.model, self.tokenizer = models.load(str(folder), dtype, attention, scorer=True)
+        self.sharded = is_deepspeed_zero3_enabled()
+        with torch.random.fork_rng():  # in the midst of training: a resumed run must draw as if it had not been
+            self.model, self.tokenizer = models.load(str(folder), dtype, attention, scorer=True, spread=True)
+            if self.sharded:
+                from accelerate import Accelerator
+                from trl.models.utils import prepare_deepspeed
+
+                self.model = prepare_deepspeed(self.model, Accelerator())
 
     def count_tokens(self, texts: Iterable[tuple[str, str]]) -> list[int]:
         return [len(ids) for ids in self._ids(texts)]
@@ -44,6 +53,8 @@ class Scorer:
             if len(each) > self.info["max_tokens"]:
                 raise RunError(f"text {i} has {len(each)} tokens with its prompt; this Writing RM reads at most "
                                f"{self.info['max_tokens']} (writing_rm.max_tokens)")
+        if self.sharded:
+            return scores_together(self.model, self.tokenizer.pad_token_id, ids)
         return scores(self.model, self.tokenizer.pad_token_id, ids, batch_tokens)
 
     def _ids(self, texts) -> list[list[int]]:
@@ -76,6 +87,21 @@ def scores(model, pad_token_id: int, ids: list[list[int]], batch_tokens: int) ->
     return [found[tuple(each)] for each in ids]
 
 
+def scores_together(model, pad_token_id: int, ids: list[list[int]]) -> list[float]:
+    """As `scores`, where a forward pass is one of all processes at once: the texts of all are dealt out, so that each makes as
+    many passes as the others, of one text, and those of like length together. Every process must call it."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    different = sorted({tuple(each) for each in gather_object(ids)}, key=lambda each: (len(each), each))
+    passes = -(-len(different) // state.num_processes)
+    dealt = different + different[-1:] * (passes * state.num_processes - len(different))
+    rows = gather_object([scores(model, pad_token_id, dealt[state.process_index :: state.num_processes], 0)])
+    found = {each: rows[i % state.num_processes][i // state.num_processes] for i, each in enumerate(dealt)}
+    return [found[tuple(each)] for each in ids]
+
+
 def make_pairs(recipe: Recipe, run: Run) -> dict[str, list[pairs.Pair]]:
     """{train, heldout}: read from where the recipe says, or made; kept in the run's folder, so made once."""
     asked, files = recipe.writing_rm, {part: run.folder / f"pairs_{part}.jsonl" for part in ("train", "heldout")}
@@ -102,7 +128,7 @@ def _originals(recipe: Recipe, run: Run) -> list[pairs.Original]:
     from lwzlib import train
 
     asked, seed = recipe.writing_rm, run.seed + _SEED_OF_PAIRS
-    model, tokenizer = train.load(recipe, recipe.model.name)
+    model, tokenizer = train.load(recipe, recipe.model.name, spread=True)
     human = pairs.human_originals(asked.corpora, asked.passage_words, asked.passages_per_corpus, seed)
     queries = data.load(recipe.data.train, recipe.data.languages)[: asked.queries]
     requests = [o.prompt for o in human] + [q.query for q in queries for _ in range(2)]

@@ -134,7 +134,7 @@ class WritingReward:
     def of_answers(self, texts: list[tuple[str, str]]) -> list[float]:
         """As `score`, where an answer may be empty."""
         written = [text for text in texts if text[1]]
-        values = iter(self.score(written) if written else [])
+        values = iter(self.score(written))  # without any text too: where the model is sharded, the others wait for this process
         return [next(values) if answer else _info(self.folder)["floor"] for _, answer in texts]
 
     def __call__(self, completions, style, query, **_) -> list[float]:

@@ -78,6 +78,11 @@ def writing_s(p: Plan, tokens: np.ndarray) -> tuple[float, float]:
     return max(copy_s(p, part, max(1, slots(p))) for part in np.array_split(tokens, p.copies))
 
 
+def _network(p: Plan) -> float:
+    """Bytes a second that reach a GPU from the others."""
+    return (c("network_gbs") if p.nodes[0] > 1 else c("nvlink_gbs")) * 1e9
+
+
 def micro_s(p: Plan, tokens: float, passes: int) -> float:
     """Seconds of `passes` forward passes (a backward pass is two) over a micro-batch on one GPU; communication runs beside
     the arithmetic, and the slower of the two counts."""
@@ -85,7 +90,7 @@ def micro_s(p: Plan, tokens: float, passes: int) -> float:
     context = c("prompt_tokens") + tokens
     computing = p.model.flops(r.grpo.micro_batch_completions * context, context / 2, passes) / (
         p.gpu.flops * c("train_flops_share"))
-    network = (c("network_gbs") if p.nodes[0] > 1 else c("nvlink_gbs")) * 1e9
+    network = _network(p)
     if r.distributed.zero == 3:  # weights are gathered forward and backward, gradients scattered (arXiv 1910.02054, section 7)
         return max(computing, (3 if passes > 1 else 1) * p.model.parameters * w / network)
     return max(computing, p.trained * w / network if r.distributed.zero == 2 and passes > 1 else 0)
@@ -118,8 +123,11 @@ def step(p: Plan) -> Step:
     if r.reward.weights.writing:
         judge, on = shape(r.writing_rm.model), c("rm_gpus") if r.reward.writing.url else p.training_gpus
         scored = judge.flops(tokens.sum(), tokens.mean() / 2, 1) / (on * p.gpu.flops * c("prefill_flops_share"))
-        lines.append(("Writing RM", scored, f"{tokens.sum() / 1e6:.1f}e6 tokens through {judge.parameters / 1e9:.1f}e9 "
-                      f"parameters on {on:.0f} GPUs"))
+        how = f"{tokens.sum() / 1e6:.1f}e6 tokens through {judge.parameters / 1e9:.1f}e9 parameters on {on:.0f} GPUs"
+        gathered = each * judge.parameters * p.dtype_bytes / _network(p)
+        if r.distributed.zero == 3 and not r.reward.writing.url and gathered > scored:
+            scored, how = gathered, f"{each:.0f} texts a GPU, {judge.parameters / 1e9:.1f}e9 parameters gathered for each"
+        lines.append(("Writing RM", scored, how))
     waiting = 0.0
     if served:
         before, waiting = training_s(p, tokens, 1)

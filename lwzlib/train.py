@@ -47,9 +47,9 @@ def arguments(recipe: Recipe, run: Run) -> dict:
             "ddp_find_unused_parameters": False}
 
 
-def load(recipe: Recipe, name: str):
+def load(recipe: Recipe, name: str, spread: bool = False):
     m = recipe.model
-    return models.load(name, m.dtype, m.attention, m.trust_remote_code)
+    return models.load(name, m.dtype, m.attention, m.trust_remote_code, spread=spread)
 
 
 def lora(asked: Lora, **more) -> LoraConfig | None:

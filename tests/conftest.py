@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # tests start processes beside their own
@@ -10,6 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import fake_llm_server
 import pytest
+import smoke_runs
+from safetensors.torch import load_file
 
 from lwzlib import launch, models, recipe
 
@@ -29,6 +32,24 @@ def smoke_rm(smoke, tmp_path_factory):
     root = tmp_path_factory.mktemp("writing-rm")
     launch.run_stage("writing-rm", smoke, root, 0)
     return root
+
+
+@pytest.fixture
+def rowwise(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", smoke_runs.ROWWISE)
+
+
+@pytest.fixture(scope="session")
+def alone(smoke, tmp_path_factory):
+    """GRPO of one process, rowwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", smoke_runs.ROWWISE)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        run = smoke_runs.trained(tmp_path_factory.mktemp("alone"), ["launch=subprocess"])
+    start = load_file(Path(models.resolve(models.TINY)) / "model.safetensors")
+    moved = max((value - start[name]).abs().max().item() for name, value in smoke_runs.weights(run).items())
+    assert moved > 1e-3, "nothing was learnt, so nothing can be compared"
+    return run
 
 
 @pytest.fixture(scope="session")

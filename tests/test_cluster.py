@@ -20,7 +20,6 @@ ASKED = {
             "environment.NCCL_SOCKET_IFNAME=ib0 scratch=/scratch cache='/shared/the cache' "
             "python=/shared/lwz/.venv/bin/python",
 }
-SERVED = "reward.writing.url=http://127.0.0.1:1"  # a 72B judge fits beside no policy
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ def test_the_variable_names_the_profile_and_the_option_wins(monkeypatch):
 def test_a_dry_run_prints_the_script_without_slurm(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     script = slurm.dry_run(cluster.ROOT / "notebooks" / "05_train_grpo.ipynb", tmp_path / "out.ipynb",
-                           {"recipe": "paper", "overrides": SERVED}, "generic nodes=8")
+                           {"recipe": "paper"}, "generic nodes=8")
     assert "#SBATCH --nodes=8\n" in script and "\nexec " in script and not (tmp_path / "out.ipynb").exists()
 
 
@@ -105,10 +104,10 @@ def test_a_job_is_refused_on_a_machine_without_slurm(monkeypatch):
 
 
 @pytest.mark.parametrize(("profile", "overrides", "reason"), [
-    ("generic", SERVED, r"recipe paper wants 8 nodes, and the profile gives nodes=1"),
-    ("generic nodes=8 gpus_per_node=4", SERVED, "wants 8 processes a node, and the profile gives gpus_per_node=4"),
-    ("generic nodes=8", "", "recipe paper cannot run on h100: .*72"),
-    ("generic nodes=8", f"{SERVED} grpo.gradient_checkpointing=false", "cannot run on h100: a GPU that trains needs 3"),
+    ("generic", "", r"recipe paper wants 8 nodes, and the profile gives nodes=1"),
+    ("generic nodes=8 gpus_per_node=4", "", "wants 8 processes a node, and the profile gives gpus_per_node=4"),
+    ("generic nodes=8", "distributed.zero=2", "recipe paper cannot run on h100: .*72"),
+    ("generic nodes=8", "grpo.gradient_checkpointing=false", "cannot run on h100: a GPU that trains needs 3"),
 ])
 def test_a_recipe_that_the_job_cannot_hold_is_refused_before_it_is_submitted(profile, overrides, reason):
     nb = papermill.execute_notebook(cluster.ROOT / "notebooks" / "05_train_grpo.ipynb", None, prepare_only=True,
@@ -116,5 +115,5 @@ def test_a_recipe_that_the_job_cannot_hold_is_refused_before_it_is_submitted(pro
     with pytest.raises(ClusterError, match=reason):
         slurm.checked(nb, cluster.load(profile))
     fits = papermill.execute_notebook(cluster.ROOT / "notebooks" / "05_train_grpo.ipynb", None, prepare_only=True,
-                                      parameters={"recipe": "paper", "overrides": SERVED})
+                                      parameters={"recipe": "paper"})
     assert slurm.checked(fits, cluster.load("generic nodes=8"))["recipe"] == "paper"

@@ -8,69 +8,21 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-import slurm_cluster
 from polling import until
-from safetensors.torch import load_file
+from smoke_runs import ARM, comparable, same, start, trained, weights
 
-from lwzlib import distributed, launch, models, recipe, runs, train
+from lwzlib import distributed, launch, recipe, runs, train
 from lwzlib.runs import INTERRUPTED, Interrupted, Run, RunError
 
-ARM = "base-think"
-COMMON = ["reward.weights.writing=0.0", "grpo.sampling.max_new_tokens=40", "cold_start.queries=0"]
 TWO = ["launch=torchrun", "distributed.processes=2", "grpo.micro_batch_completions=2"]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread_each(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture
-def rowwise(monkeypatch):
-    """Sampling that does not depend on the number of processes, in the processes that a test starts."""
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here / "rowwise"), str(here.parent)]))
-
-
-def weights(run: Run) -> dict:
-    return load_file(run.folder / "model" / "model.safetensors")
-
-
-def comparable(rows):
-    return [{key: value for key, value in row.items() if key != "step_s"} for row in rows]
-
-
-def trained(folder: Path, *overrides) -> Run:
-    return launch.launch("grpo", recipe.load("smoke", COMMON, *overrides), folder, 0, ARM)
-
-
-@pytest.fixture(scope="module")
-def alone(smoke, tmp_path_factory):
-    """The run of one process, rowwise; and the weights it started from."""
-    with pytest.MonkeyPatch.context() as patch:
-        here = Path(__file__).parent
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(here / "rowwise"), str(here.parent)]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        folder = tmp_path_factory.mktemp("alone")
-        run = trained(folder, ["launch=subprocess"])
-    start = load_file(Path(models.resolve(models.TINY)) / "model.safetensors")
-    moved = max((weights(run)[name] - start[name]).abs().max().item() for name in start)
-    assert moved > 1e-3, "nothing was learnt, so nothing can be compared"
-    return run
-
-
-def same(run: Run, alone: Run) -> None:
-    assert [row["completion"] for row in run.rows("completions")] == [row["completion"] for row in alone.rows("completions")]
-    for ours, theirs in zip(run.rows(), alone.rows(), strict=True):
-        for name in ("loss", "grad_norm", "length", "format", "advantage_std", "answer_tokens", "truncated"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
-    ours, theirs = weights(run), weights(alone)
-    assert set(ours) == set(theirs)
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 2e-6
 
 
 def test_two_processes_learn_what_one_learns(alone, rowwise, tmp_path, capfd):
@@ -103,58 +55,7 @@ def test_zero_learns_with_a_judge_that_zero_trained(smoke, tmp_path):
     run = launch.launch("grpo", made, tmp_path, 0, ARM)
     judge = launch.stage_run("writing-rm", made, tmp_path, 0)
     assert run.finished and judge.finished and len(judge.rows("scores")) == len(judge.rows("pairs_heldout"))
-    assert all(abs(row["writing"]) < 100 for row in run.rows()) and load_file(judge.folder / "model" / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    with slurm_cluster.running(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
-
-
-def allocated(folder: Path, *overrides) -> subprocess.Popen:
-    """`launch` inside an allocation of two nodes."""
-    return start(folder, ["launch=slurm", "distributed.nodes=2", "grpo.micro_batch_completions=2"], *overrides,
-                 inside=["salloc", "-Q", "-N2", "--ntasks-per-node=1"])
-
-
-def test_two_nodes_learn_what_one_process_learns(alone, rowwise, slurm, tmp_path):
-    parent, run = allocated(tmp_path)
-    said = parent.communicate(timeout=150)[0]
-    assert parent.returncode == 0, said[-3000:]
-    same(run, alone)
-
-
-def test_a_rank_that_dies_on_another_node_ends_the_job_and_is_named(smoke, slurm, tmp_path):
-    parent, run = allocated(tmp_path, ["grpo.steps=100000"])
-    until(lambda: run.status.get("step", 0) >= 1, "step 1", 120)
-    ranks = {node: [p for p in map(psutil.Process, slurm.processes(node)) if "RANK" in p.environ() and "stage" in p.cmdline()]
-             for node in slurm_cluster.NODES}
-    (first,), (second,) = ranks.values()
-    second.kill()
-    said = parent.communicate(timeout=90)[0]
-    assert "RunError: the stage ended" in said and "rank 1 of 2 on node2 ended first, by signal 9" in said, said[-3000:]
-    assert run.status["state"] == "failed" and not first.is_running()
-    assert not (run.folder / "logs" / "failed-0.json").exists() or "rank 1 of 2" in distributed.failure(run.folder / "logs")
-
-
-def test_an_interrupt_inside_a_job_saves_first(smoke, slurm, tmp_path):
-    parent, run = allocated(tmp_path, ["grpo.steps=100000", "grpo.checkpoint_every_steps=100000"])
-    until(lambda: run.status.get("step", 0) >= 2, "step 2", 120)
-    notebook, = psutil.Process(parent.pid).children()
-    notebook.send_signal(signal.SIGINT)
-    said = parent.communicate(timeout=90)[0]
-    assert "KeyboardInterrupt" in said and run.status["state"] == "interrupted", said[-3000:]
-    assert run.status["checkpoint_step"] >= 2 and len(run.rows()) == run.status["checkpoint_step"]
-
-
-def start(folder: Path, *overrides, inside=()) -> tuple[subprocess.Popen, Run]:
-    made = recipe.load("smoke", COMMON, *overrides)
-    run = launch.stage_run("grpo", made, folder, 0, ARM)
-    code = f"from lwzlib import recipe, launch; launch.launch('grpo', recipe.Recipe.model_validate_json(" \
-           f"{made.model_dump_json()!r}), {str(folder)!r}, 0, {ARM!r})"
-    command = [*inside, sys.executable, "-c", code]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), run
+    assert all(abs(row["writing"]) < 100 for row in run.rows()) and weights(judge)
 
 
 def family(run: Run) -> tuple[psutil.Process, list[psutil.Process]]:
