@@ -4,7 +4,7 @@ claims, report; generate, judge, aggregate, arena, elo, rate, unblind; jobs, sub
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -47,7 +47,7 @@ def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = N
 
 @app.command()
 def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None,
-          arm: Annotated[str | None, typer.Option(help="For the stages of an arm.")] = None):
+          arm: Annotated[str, typer.Option(help="For the stages of an arm.")] = ""):
     """Do one stage here, after those it needs: cold-start, writing-rm, corpus, distil, pack, pretrain; of an arm:
     samples-before, grpo or sft, samples-during, samples-after. Recipe `-` is read as JSON."""
     from lwzlib import distributed, launch, pipeline
@@ -149,15 +149,13 @@ RmFolder = Annotated[str, typer.Option(help="Folder of a trained Writing RM, suc
 
 
 @app.command()
-def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: str = "nano", style: str = "think",
-          query: str = "", writing_rm: RmFolder = ""):
+def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: str = "nano",
+          style: Literal["think", "direct"] = "think", query: str = "", writing_rm: RmFolder = ""):
     """Rewards of a completion in a file, and the passages that repeat; the writing reward if a Writing RM is named."""
     from lwzlib import rewards
     from lwzlib.text import count_words, parse
 
     loaded = recipes.load(recipe, sets, {} if writing_rm else {"reward.weights.writing": 0.0})
-    if style not in ("think", "direct"):
-        raise recipes.RecipeError(f"style {style!r} must be think or direct")
     completion = text.read_text(encoding="utf-8", errors="replace")
     parsed, built = parse(completion, style), rewards.build(loaded, writing_rm)
     for name, reward in built.items():

@@ -55,7 +55,7 @@ def world(recipe: Recipe, served: bool = False) -> World:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             return World(["127.0.0.1"], where.processes, free.getsockname()[1])
-    job, hosts = os.environ.get("SLURM_JOB_ID"), allocated()
+    hosts, job = allocated(), os.environ["SLURM_JOB_ID"]
     if len(hosts) < where.nodes:
         raise RunError(f"distributed.nodes = {where.nodes}, and Slurm job {job} has {len(hosts)}: {', '.join(hosts)}")
     training = where.nodes - (vllm.nodes if served else 0)
@@ -93,7 +93,7 @@ def deepspeed(recipe: Recipe) -> dict | None:
     where = recipe.distributed
     if not where.zero:
         return None
-    zero = {"stage": where.zero, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto"}
+    zero: dict = {"stage": where.zero, "overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto"}
     if where.zero == 3:
         zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
                  "stage3_gather_16bit_weights_on_model_save": True}
@@ -181,7 +181,8 @@ class Agent:
     """Starts the ranks of one node and ends them together."""
 
     def __init__(self, node: int, options: argparse.Namespace):
-        self.node, self.options, self.ranks, self.ending = node, options, {}, None
+        self.node, self.options, self.ranks = node, options, {}
+        self.ending: float | None = None
 
     def start(self) -> None:
         o, size = self.options, self.options.nodes * self.options.processes

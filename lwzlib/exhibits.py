@@ -121,7 +121,7 @@ def _save(figure: Figure, stem: Path) -> list[Path]:
 
 def interactive(figure: Figure, name: str, title: str) -> str:
     """The figure as SVG for a page: classes `published` and `measured`, and a tooltip for each point."""
-    tagged = figure.findobj(lambda artist: hasattr(artist, "shown_as"))
+    tagged: list = figure.findobj(lambda artist: hasattr(artist, "shown_as"))
     for number, artist in enumerate(tagged):
         artist.set_gid(f"{name}-{number}")
     root = ET.fromstring(figures.svg(figure))
@@ -143,6 +143,6 @@ def interactive(figure: Figure, name: str, title: str) -> str:
 
 def numbers(figure: Figure) -> pd.DataFrame:
     """What a figure shows, a row a point: for those who cannot see it, or want to copy it."""
-    said = [(artist.shown_as[0], tip) for artist in figure.findobj(lambda artist: hasattr(artist, "shown_as"))
-            for tip in dict.fromkeys(artist.shown_as[1])]
+    tagged: list = figure.findobj(lambda artist: hasattr(artist, "shown_as"))
+    said = [(artist.shown_as[0], tip) for artist in tagged for tip in dict.fromkeys(artist.shown_as[1])]
     return pd.DataFrame(said, columns=["source", "what"])

@@ -158,7 +158,7 @@ def curve(table: pd.DataFrame, ax: Axes, column: str, window: int = 5) -> Axes:
         ax.plot(smooth.index, smooth.mean(axis=1), linestyle=dash, marker=marker, markevery=(i % every, every), markersize=4.5,
                 color=colour, label=arm)
     ax.set(xlabel="step" if column == "loss" else "RL step", ylabel=LABELS.get(column, column))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     if column in ("length", "format", "truncated"):
         ax.set_ylim(-0.03, 1.03)
     return ax

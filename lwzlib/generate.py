@@ -7,7 +7,7 @@ from lwzlib import data, prompts, rewards
 from lwzlib.quantities import Sampling
 from lwzlib.recipe import Recipe
 from lwzlib.runs import Run, RunError
-from lwzlib.text import count_words, parse
+from lwzlib.text import Style, count_words, parse
 
 
 def completions(model, tokenizer, texts: list[str], sampling: Sampling, batch: int, seed: int,
@@ -54,7 +54,7 @@ def _ends(model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, tokenizer.pad_token_id, *(said if isinstance(said, list) else [said])} - {None}
 
 
-def scored(recipe: Recipe, run: Run, name: str, loaded: tuple, writing_rm: str, queries: list[data.Query], style: str,
+def scored(recipe: Recipe, run: Run, name: str, loaded: tuple, writing_rm: str, queries: list[data.Query], style: Style,
            sampling: Sampling, batch: int, stop: list[str]) -> list[dict]:
     """A completion of each query with its rewards, as rows `name` of the run; resumable batch by batch. `loaded`: model,
     tokenizer."""

@@ -21,7 +21,7 @@ from lwzlib.advantage import fuse, no_variance
 from lwzlib.recipe import Recipe
 from lwzlib.rewards import completion_text
 from lwzlib.runs import Run
-from lwzlib.text import count_words, parse
+from lwzlib.text import Style, count_words, parse
 
 
 class LongWriterGRPOTrainer(GRPOTrainer):
@@ -98,7 +98,7 @@ def config(recipe: Recipe, run: Run, components: list[str]) -> GRPOConfig:
         **train.arguments(recipe, run))
 
 
-def dataset(recipe: Recipe, style: str, tokenizer) -> Dataset:
+def dataset(recipe: Recipe, style: Style, tokenizer) -> Dataset:
     """Columns prompt (text), query, id, type, word_range, style."""
     return Dataset.from_list([
         {"prompt": prompts.render(q.query, style, recipe.model.frame, recipe.prompt, tokenizer), "query": q.query,

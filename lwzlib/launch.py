@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from lwzlib import data, distributed, serving
@@ -53,7 +54,7 @@ _LIBC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**
          "GOMP_SPINCOUNT": "10000"}
 
 
-def stage_run(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | None = None) -> Run:
+def stage_run(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Run:
     """The Run of a stage, shared by the arms or of one of them. Raises RecipeError, DataError or RunError."""
     if stage not in _SHARED | _OF_ARMS:
         raise RunError(f"no stage {stage!r}; stages are {', '.join(_SHARED | _OF_ARMS)}")
@@ -87,7 +88,7 @@ def _inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict:
         for name, (section, path) in files.items() if section in sections and Path(path).is_file()}
 
 
-def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | None = None) -> Path:
+def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Path:
     """Do the stage here, after the stages it needs; returns its artefact. A finished stage returns at once."""
     from lwzlib import pretrain
 
@@ -160,7 +161,7 @@ def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
     pretrained = any(arm.start == "continual-pretrain" for arm in recipe.arms.values())
     wanted += ["corpus"] * pretrained + ["distil"] * any(map(recipe.takes_cot, recipe.arms))
     wanted += ["pack", "pretrain"] * pretrained
-    places = [(None, stage) for stage in wanted] + [(name, stage) for name in recipe.arms for stage in arm_stages(recipe, name)]
+    places = [("", stage) for stage in wanted] + [(name, stage) for name in recipe.arms for stage in arm_stages(recipe, name)]
     rows = []
     for arm, stage in places:
         status = stage_run(stage, recipe, root, seed, arm).status
@@ -169,7 +170,7 @@ def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
     return rows
 
 
-def needs(stage: str, recipe: Recipe, arm: str | None = None) -> list[tuple[str, str | None]]:
+def needs(stage: str, recipe: Recipe, arm: str = "") -> list[tuple[str, str]]:
     """(stage, arm) that must be finished before, in this order; those have needs of their own."""
     asked = recipe.for_arm(arm) if arm else recipe
     base = [("cold-start", arm)] if asked.cold_start.queries else []
@@ -184,7 +185,7 @@ def needs(stage: str, recipe: Recipe, arm: str | None = None) -> list[tuple[str,
     return [(recipe.arm(arm).algorithm, arm)] * (stage in ("samples-during", "samples-after")) + start + judge
 
 
-def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | None = None) -> Run:
+def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Run:
     """Start a stage as the recipe says, show its lines, and return its Run when it is finished.
 
     `launch` of the recipe: inline (in this process), subprocess, torchrun (`distributed.processes` on this machine) or slurm
@@ -203,13 +204,13 @@ def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str | N
             launch(other[0], recipe, root, seed, other[1])
         start = [str(stage_run(name, recipe, root, seed, of).folder / "model") for name, of in needs(stage, recipe, arm)
                  if name in ("cold-start", "pretrain")] or [run.recipe.model.name]
-        around = serving.ready(stage, recipe, run.folder, start[0]) if spread else contextlib.nullcontext(([], {}))
-        with around as (before, env):
+        with contextlib.ExitStack() as around:
+            before, env = around.enter_context(serving.ready(stage, recipe, run.folder, start[0])) if spread else ([], {})
             _stream(before + _command(stage, recipe, Path(root), seed, arm, run.folder), env, run)
     return run
 
 
-def _command(stage: str, recipe: Recipe, root: Path, seed: int, arm: str | None, folder: Path) -> list[str]:
+def _command(stage: str, recipe: Recipe, root: Path, seed: int, arm: str, folder: Path) -> list[str]:
     """Do the stage, in a process of its own; the recipe lies in the run's folder, which all nodes see."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("logs/failed-*.json"):
@@ -223,13 +224,14 @@ def _stream(command: list[str], env: dict, run: Run) -> None:
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | _LIBC | _QUIET | {"LWZ_END_WITH": str(os.getpid())} | env)
+    assert process.stdout
     last: list[str] = []
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
             last = [*last[-30:], line]
     except KeyboardInterrupt:
-        _end(process)
+        _end(process, process.stdout)
         raise
     finally:
         process.stdout.close()
@@ -245,12 +247,12 @@ def _stream(command: list[str], env: dict, run: Run) -> None:
         raise RunError(f"the stage ended with exit code {code}; {said}")
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen, said: Iterable[str]) -> None:
     """Stop a stage. In a Slurm job an interrupt says that the time ends: the stage saves first; a second one stops it now."""
     for number in [signal.SIGUSR1] * ("SLURM_JOB_ID" in os.environ) + [signal.SIGINT]:
         process.send_signal(number)
         try:
-            for line in process.stdout:
+            for line in said:
                 print(line, end="", flush=True)
             process.wait()
             return

@@ -16,7 +16,7 @@ import re
 import time
 import urllib.parse
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import openai
 from pydantic import BaseModel, Field, ValidationError
@@ -67,11 +67,14 @@ class Written(NamedTuple):
     tokens: int  # of the reply alone; 0 where the endpoint does not say
 
 
-class Request(NamedTuple):
+Answer = TypeVar("Answer", bound=BaseModel | Written)
+
+
+class Request(NamedTuple, Generic[Answer]):
     """A question whose answer is one JSON object, valid as `answer`, or any text. Another `sample` asks the same anew."""
 
     prompt: str | tuple[tuple[str, str], ...]  # a plain prompt, or (role, text) of each message
-    answer: type[BaseModel] | type[Written]
+    answer: type[Answer]
     sample: int = 0
 
 
@@ -114,8 +117,8 @@ def configure(**values) -> Settings:
         raise LLMError(f"settings: {_problem(error)}") from None
 
 
-async def ask(requests: list[Request], settings: Settings, cache: Path, spent: Spent | None = None,
-              title: str = "asked") -> list[BaseModel | Written | NoAnswer]:
+async def ask(requests: list[Request[Answer]], settings: Settings, cache: Path, spent: Spent | None = None,
+              title: str = "asked") -> list[Answer | NoAnswer]:
     """What is answered to each request, in order; one that stands there twice is sent once. Prints progress.
 
     Raises LLMError when the budget is spent, or the endpoint cannot be used or refuses every question, and RunError when

@@ -14,7 +14,7 @@ from lwzlib.evaluate import elo
 from lwzlib.figures import ARMS, LABELS
 from lwzlib.results import Tables, judgments
 
-PUBLISHED = {"color": "black", "markerfacecolor": "none", "markeredgewidth": 1.1, "markersize": 7, "linestyle": "none"}
+PUBLISHED: dict = {"color": "black", "markerfacecolor": "none", "markeredgewidth": 1.1, "markersize": 7, "linestyle": "none"}
 RL_ARMS = ("base-nothink", "base-think", "continual-pretrain-think")
 WINDOW = 5  # steps of the centred mean
 OPPONENTS = {"GPT-4.1": ("Llama-4-Scout", "DeepSeek-V3", "DeepSeek-R1", "Claude-Sonnet-4", "Gemini-2.5-Pro",
@@ -85,7 +85,7 @@ def figure_4(tables: Tables, ax: Axes) -> Axes:
 
 def figure_5(tables: Tables, ax: Axes) -> Axes:
     """Wins, ties and losses of the last arm against others (the paper draws donuts)."""
-    rows = [("published: all eight", "range")]
+    rows: list[tuple[str, dict | str | None]] = [("published: all eight", "range")]
     rows += [(f"{name}, {judge}", None) for judge, names in OPPONENTS.items() for name in names]
     last, found = _last_arm(tables)
     rows += [(f"{last} against:", "heading")] * bool(last)
@@ -107,8 +107,8 @@ def figure_5(tables: Tables, ax: Axes) -> Axes:
                         fontsize=7)
     ax.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
     ax.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), xlabel="judgments, %")
-    looks = [Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=name) for name, colour, hatch in _OUTCOMES]
-    looks += [Line2D([], [], color="black", marker=".", label="win rate, 95%")]
+    looks = [*(Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=name) for name, colour, hatch in _OUTCOMES),
+             Line2D([], [], color="black", marker=".", label="win rate, 95%")]
     ax.figure.legend(handles=looks, loc="outside upper center", ncols=4, fontsize=7, handlelength=1.2, columnspacing=1)
     return ax
 
@@ -135,7 +135,10 @@ _OUTCOMES = (("win", "#0072B2", ""), ("tie", "0.8", ""), ("loss", "#E69F00", "//
 def _panels(ax: Axes, rows: int, columns: int = 1) -> list[Axes]:
     """Axes of their own in the place of one."""
     ax.set_axis_off()
-    return [ax.figure.add_subplot(spec) for spec in ax.get_subplotspec().subgridspec(rows, columns)]
+    place = ax.get_subplotspec()
+    assert place, "an exhibit is drawn on axes of a grid, as subplots() makes them"
+    grid = place.subgridspec(rows, columns)
+    return [ax.figure.add_subplot(grid[i]) for i in range(rows * columns)]
 
 
 def _numbers(tables: Tables, exhibit: str, metric: str | None = None) -> pd.DataFrame:
@@ -175,7 +178,7 @@ def _curves(table: pd.DataFrame, ax: Axes, column: str) -> None:
             "measured", [f"{runs}: mean over {WINDOW} steps around step {step}, {value:.3g}"
                          for step, value in smooth.mean(axis=1)[::every].items()])
     ax.set_ylabel({"answer_words_not_truncated": "whole answers,\nwords"}.get(column, LABELS.get(column, column)))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     if column == "length":
         ax.set_ylim(-0.03, 1.03)
     if drawn:

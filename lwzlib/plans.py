@@ -22,7 +22,8 @@ def planned(recipe: str, sets=None, nodes: int | None = None, gpus: int | None =
     """The recipe on these GPUs. Raises RecipeError for an unknown GPU, and for what the recipe itself refuses."""
     if gpu not in GPUS:
         raise recipes.RecipeError(f"no GPU {gpu!r}; known are {', '.join(GPUS)}; for another memory give --gpu-gib")
-    asked, changes = recipes.load(recipe, sets), {}
+    asked = recipes.load(recipe, sets)
+    changes: dict = {}
     if nodes or gpus:
         changes = {"distributed.nodes": nodes or asked.distributed.nodes, "distributed.processes": gpus or
                    asked.distributed.processes}
@@ -106,7 +107,7 @@ def changes_table() -> list[dict]:
     for name, sets in halves.items():
         p = planned("paper", sets)
         rows.append((name, "recipe", step(p).seconds * 1024 / p.completions, "; ".join(problems(p))))
-    for name, values in {"weights sent at 50 GB/s": {"sync_gbs": 50},
+    for name, values in {"weights sent at 50 GB/s": {"sync_gbs": 50.0},
                          "training at 0.45 of peak": {"train_flops_share": 0.45}}.items():
         with sizes.assuming(**values):
             rows.append((name, "hardware or software", step(base).seconds, ""))

@@ -90,8 +90,9 @@ class Published(BaseModel):
     note: str | None
 
 
-_KINDS = {"_held_out": (HeldOutRow, ["arm", "seed", "phase", "step", "id"]),
-          "_mixture": (MixtureRow, ["arm", "seed", "source"]), "": (RlRow, ["arm", "seed", "step"])}
+_KINDS: dict[str, tuple[type[BaseModel], list[str]]] = {
+    "_held_out": (HeldOutRow, ["arm", "seed", "phase", "step", "id"]),
+    "_mixture": (MixtureRow, ["arm", "seed", "source"]), "": (RlRow, ["arm", "seed", "step"])}
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ def ready(stage: str, recipe: Recipe, folder: Path, model: str) -> Iterator[tupl
     if stage == "grpo":
         distributed.accumulation(recipe, at.size)
     logs.mkdir(parents=True, exist_ok=True)
-    with serve(recipe, at, logs, model) if served else contextlib.nullcontext({}) as env:
+    with contextlib.ExitStack() as around:
+        env = around.enter_context(serve(recipe, at, logs, model)) if served else {}
         yield distributed.agents(at, logs), env
 
 

@@ -13,7 +13,7 @@ from lwzlib import corpus, data, prompts
 from lwzlib.data import DataError
 from lwzlib.recipe import Recipe
 from lwzlib.runs import Run, read_rows
-from lwzlib.text import count_words, language_of
+from lwzlib.text import Style, count_words, language_of
 
 _REQUEST = {
     "en": "Write a passage of about {words} words in the manner of the {name}.",
@@ -39,7 +39,7 @@ def train_sft(recipe: Recipe, run: Run, arm: str, start: str, distilled: Path | 
             packing_strategy="bfd", **train.checkpoints(asked.checkpoint_every_steps), **train.arguments(recipe, run))
         with config.main_process_first(local=False):
             if not run.rows("data"):
-                run.write("data", _made(recipe, run.seed, distilled) if asked.data == "made" else
+                run.write("data", _made(recipe, run.seed, distilled) if distilled else
                           (row for _, row in data.rows_of(asked.data)))
         model, tokenizer = train.load(recipe, start)
         documents = [_document(recipe, recipe.arm(arm).prompt, row, f"{asked.data}, row {i}", tokenizer)
@@ -70,7 +70,7 @@ def _row(query: str, answer: str, source: str) -> dict:
     return {"messages": [{"role": "user", "content": query}, {"role": "assistant", "content": answer}], "source": source}
 
 
-def _document(recipe: Recipe, style: str, row, place: str, tokenizer) -> dict:
+def _document(recipe: Recipe, style: Style, row, place: str, tokenizer) -> dict:
     """{prompt, completion}: the request in the arm's prompt, the answer in its form."""
     try:
         (asker, query), (writer, answer) = ((turn["role"], turn["content"]) for turn in row["messages"])

@@ -102,7 +102,7 @@ def training_s(p: Plan, tokens: np.ndarray, passes: int) -> tuple[float, float]:
     longest = tokens.reshape(-1, micro).max(1) if micro > 1 else tokens
     rows = longest.reshape(-1, p.training_gpus)
     seconds = sum(micro_s(p, row.max(), passes) for row in rows)
-    return seconds, seconds - sum(np.mean([micro_s(p, each, passes) for each in row]) for row in rows)
+    return seconds, seconds - float(sum(np.mean([micro_s(p, each, passes) for each in row]) for row in rows))
 
 
 def step(p: Plan) -> Step:

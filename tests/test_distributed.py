@@ -247,8 +247,8 @@ def test_what_a_stage_needs_is_what_it_asks_for(name, tmp_path, monkeypatch):
             for module, functions in _WORK.items():
                 for function in functions:
                     monkeypatch.setattr(f"lwzlib.{module}.{function}", lambda *_: tmp_path)
-            launch.run_stage(stage, made, tmp_path, 0, arm if stage in launch._OF_ARMS else None)
-            found = launch.needs(stage, made, arm if stage in launch._OF_ARMS else None)
+            launch.run_stage(stage, made, tmp_path, 0, arm if stage in launch._OF_ARMS else "")
+            found = launch.needs(stage, made, arm if stage in launch._OF_ARMS else "")
             assert {other for other, _ in asked[1:]} == {other for other, _ in found}, (arm, stage)
             monkeypatch.undo()
 

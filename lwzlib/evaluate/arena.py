@@ -235,9 +235,9 @@ async def judged_by_llm(arena: Arena, asked: list[Match], settings: llm.Settings
 
 
 def _row(match: Match, judge: str, verdict: _Verdict | llm.NoAnswer) -> dict:
-    failed = isinstance(verdict, llm.NoAnswer)
-    winner = None if failed else {"A": "first", "B": "second", "tie": "tie"}[verdict.winner]
-    return match._asdict() | {"winner": winner, "judge": judge, "reason": str(verdict) if failed else verdict.reason}
+    winner, reason = ((None, str(verdict)) if isinstance(verdict, llm.NoAnswer) else
+                      ({"A": "first", "B": "second", "tie": "tie"}[verdict.winner], verdict.reason))
+    return match._asdict() | {"winner": winner, "judge": judge, "reason": reason}
 
 
 def prompt(arena: Arena, match: Match) -> str:
@@ -260,7 +260,7 @@ def judged_by_scores(asked: list[Match], scores: Mapping[tuple[str, str], float]
     rows = []
     for match in asked:
         difference = scores[match.first, match.query_id] - scores[match.second, match.query_id]
-        winner = "tie" if abs(difference) <= margin else "first" if difference > 0 else "second"
+        winner: str | None = "tie" if abs(difference) <= margin else "first" if difference > 0 else "second"
         winner = winner if np.isfinite(difference) else None
         rows.append(match._asdict() | {"winner": winner, "judge": judge, "reason": f"scores differ by {difference:+.4g}"})
     return table(rows)

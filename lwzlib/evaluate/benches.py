@@ -5,7 +5,7 @@ WritingBench names its own sampling. Arena-Write and LongBench-Write name none: 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lwzlib import data, engines, models
 from lwzlib.data import DataError
@@ -13,6 +13,7 @@ from lwzlib.evaluate import arena, longbench, writingbench
 from lwzlib.prompts import framed
 from lwzlib.quantities import Decoding, Prompt
 from lwzlib.runs import write_rows
+from lwzlib.text import Style
 
 _CARD = Decoding(temperature=0.6, top_p=0.95, max_new_tokens=15_500)
 _END = ["</answer>"]
@@ -46,8 +47,8 @@ def named(name: str, source: str = "") -> tuple[Bench, dict]:
     return bench, bench.read(source or bench.source)
 
 
-def generate(name: str, source: str, engine: engines.Engine, style: str, frame: str, to: Path, seed: int = 0,
-             change: dict | None = None) -> list[dict]:
+def generate(name: str, source: str, engine: engines.Engine, style: Style | Literal["bare"], frame: str,
+             to: Path, seed: int = 0, change: dict | None = None) -> list[dict]:
     """Completions of a benchmark's requests: all that is known of each in `<to>.rows.jsonl`, by which an interrupted call goes
     on, and in `to` what the benchmark reads: {index, response}, or {id, query, type, completion} for the arena.
 

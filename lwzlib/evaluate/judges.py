@@ -65,7 +65,8 @@ def _estimate(value: float, drawn: np.ndarray, n: int, queries: int, undefined: 
     drawn = drawn[~np.isnan(drawn)]
     if np.isnan(value) or queries < 2 or not len(drawn):
         return Estimate(value, np.nan, np.nan, n, undefined if np.isnan(value) else "one query only: no interval")
-    return Estimate(value, *map(float, intervals.percentiles(drawn, 0.95)), n)
+    low, high = intervals.percentiles(drawn, 0.95)
+    return Estimate(value, float(low), float(high), n)
 
 
 def kendall(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> Estimate:
@@ -134,7 +135,7 @@ def length_bias(judgments: pd.DataFrame, words: Mapping[tuple[str, str], int], s
     if unknown := texts - words.keys():
         raise ArenaError(f"no words are given for {min(unknown)}")
     ratio = [np.log1p(words[a, q]) - np.log1p(words[b, q]) for q, a, b in known[_SAME].itertuples(index=False)]
-    columns = [ratio, np.ones(len(known))]
+    columns: list = [ratio, np.ones(len(known))]
     if strengths:
         columns += [known["first"].eq(name) * 1.0 - known["second"].eq(name) for name in elo.players(known)[0][1:]]
     design, queries = np.column_stack(columns).astype(float), pd.factorize(known.query_id, sort=True)[0]

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -23,11 +24,14 @@ class Indexed(BaseModel):
     index: int = Field(strict=True)
 
 
+Row = TypeVar("Row", bound=Indexed)
+
+
 class Response(Indexed):
     response: str
 
 
-def indexed(source: str | Path, kind: type[Indexed], known=None) -> dict[int, tuple[str, Indexed]]:
+def indexed(source: str | Path, kind: type[Row], known=None) -> dict[int, tuple[str, Row]]:
     """{index: (where it stands, row)}, in order. `known`: the benchmark, or None to read one.
 
     Raises DataError, which names file, line and field, for a row that is not of that kind, an index that comes twice, one
