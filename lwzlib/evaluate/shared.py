@@ -20,10 +20,14 @@ MATERIAL = """<request>
 
 
 class Indexed(BaseModel):
+    """A row that names its prompt: `index` is the prompt's number in the benchmark."""
+
     index: int = Field(strict=True)
 
 
 class Response(Indexed):
+    """A row of a file of responses: what a model wrote for one prompt, plan and tags included."""
+
     response: str
 
 
