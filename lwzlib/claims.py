@@ -49,14 +49,18 @@ class Test(BaseModel):
 
     @property
     def low(self) -> float:
+        """Lower end of `region`; -inf where it is open."""
         return -np.inf if self.region[0] is None else self.region[0]
 
     @property
     def high(self) -> float:
+        """Upper end of `region`; inf where it is open."""
         return np.inf if self.region[1] is None else self.region[1]
 
 
 class Claim(BaseModel):
+    """An entry of `figures/claims.yaml`; `command` makes the rows that its tests read."""
+
     model_config = ConfigDict(extra="forbid")
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]

@@ -71,12 +71,14 @@ class Profile(Section):
 
     @property
     def minutes(self) -> int:
+        """`time` in minutes, as submitit wants it; seconds count as one more."""
         days, rest = self.time.split("-") if "-" in self.time else ("0", self.time)
         hours, minutes, seconds = map(int, rest.split(":"))
         return (int(days) * 24 + hours) * 60 + minutes + (seconds > 0)
 
     @property
     def jobs_folder(self) -> Path:
+        """`jobs`, below the repository unless absolute."""
         return ROOT / self.jobs
 
 

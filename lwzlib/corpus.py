@@ -26,6 +26,7 @@ class Document:
 
     @property
     def language(self) -> str:
+        """`zh` if the first paragraph has a Han character, else `en`."""
         return language_of(self.paragraphs[0])
 
 

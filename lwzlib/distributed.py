@@ -44,6 +44,7 @@ class World:
 
     @property
     def size(self) -> int:
+        """Processes that train together; servers are not counted."""
         return len(self.hosts) * self.processes
 
 
@@ -185,6 +186,7 @@ class Agent:
         self.ending: float | None = None
 
     def start(self) -> None:
+        """One process a GPU, with torch's variables and a log of its own; rank 0 is shown too. Raises OSError."""
         o, size = self.options, self.options.nodes * self.options.processes
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // o.processes)))
         for local in range(o.processes):
@@ -201,15 +203,18 @@ class Agent:
                 self.echo.start()
 
     def show(self, stream, path: Path) -> None:
+        """Copy what rank 0 says, line by line, into its log and to our own output; runs in a thread."""
         with path.open("wb", buffering=0) as log:
             for line in stream:
                 log.write(line)
                 print(line.decode(errors="replace"), end="", flush=True)
 
     def log(self, rank: int) -> Path:
+        """`rank-000.log` and so on, in the folder that `--logs` names."""
         return self.options.logs / f"rank-{rank:03d}.log"
 
     def signal(self, number: int) -> None:
+        """To each rank of this node that still runs."""
         for process in self.ranks.values():
             if process.poll() is None:
                 process.send_signal(number)

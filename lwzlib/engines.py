@@ -27,12 +27,16 @@ _CUT = {"length", "content_filter", "abort"}  # finish reasons of a completion t
 
 
 class Asked(NamedTuple):
+    """A prompt to complete; `id` and `query` go into its row as they are, and `id` must be unique in a call."""
+
     id: str
     query: str
     prompt: Framed  # of `prompts.framed`
 
 
 class Output(NamedTuple):
+    """A completion as an engine yields it."""
+
     text: str
     finish: str | None  # stop, length, ...
     tokens: int  # written; 0 where a server does not say

@@ -2,6 +2,8 @@
 
 
 class Later:
+    """Hands every attribute on to `lwzlib.slurm.SlurmEngine`, which is imported at the first."""
+
     def __getattr__(self, name):
         from lwzlib.slurm import SlurmEngine
 

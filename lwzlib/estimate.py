@@ -33,10 +33,12 @@ class Plan:
 
     @property
     def model(self) -> Shape:
+        """Shape of the model that is trained. Raises RecipeError where it is not known."""
         return shape(self.recipe.model.name)
 
     @property
     def dtype_bytes(self) -> int:
+        """Bytes of a weight in the model's dtype: 2 in bfloat16, 4 in float32."""
         return 2 if self.recipe.model.dtype == "bfloat16" else 4
 
     @property
@@ -47,10 +49,12 @@ class Plan:
 
     @property
     def training_gpus(self) -> int:
+        """Those of the nodes that train, one a process."""
         return self.nodes[0] * self.recipe.distributed.processes
 
     @property
     def gpus(self) -> int:
+        """Those of all nodes, vLLM's servers included."""
         return sum(self.nodes) * self.recipe.distributed.processes
 
     @property
@@ -62,10 +66,12 @@ class Plan:
 
     @property
     def completions(self) -> int:
+        """A GRPO step writes so many: group size times queries."""
         return self.recipe.grpo.group_size * self.recipe.grpo.queries_per_step
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest sequence: `max_new_tokens` after a prompt of assumed length."""
         return self.recipe.grpo.sampling.max_new_tokens + int(c("prompt_tokens"))
 
     @property

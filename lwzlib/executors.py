@@ -34,6 +34,7 @@ class Local(LocalPipelineExecutor):
     place of its log."""
 
     def run(self):
+        """datatrove's, for the tasks not done yet: one by one here with one worker, else in a pool; no counts are summed up."""
         ranks = self.get_incomplete_ranks()
         if self.workers == 1:
             for rank in ranks:
@@ -53,6 +54,7 @@ class Slurm(SlurmPipelineExecutor):
     """datatrove's own, without the job that sums up counts: nobody reads them, and cancelled arrays leave it pending."""
 
     def launch_merge_stats(self):
+        """datatrove calls it when the array is submitted; here it submits nothing."""
         pass
 
 

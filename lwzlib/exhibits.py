@@ -34,6 +34,7 @@ class Exhibit(NamedTuple):
 
     @property
     def is_table(self) -> bool:
+        """What is named table_...; its rows are written as CSV too."""
         return self.name.startswith("table")
 
 

@@ -40,6 +40,7 @@ class Honest:
 
     @property
     def sentences(self) -> list[str]:
+        """Those of the answer, without the plan's."""
         return split_sentences(self.answer)
 
     @property
@@ -48,6 +49,7 @@ class Honest:
         return self.sentences[: max(2, len(self.sentences) // 2)]
 
     def wordings(self, kind: str, rng: random.Random) -> Iterator[str]:
+        """The kit's `kind` of wordings (keywords, templates, ...) in this language, endless, in orders that `rng` draws."""
         return endless(wordings(self.language)[kind], rng)
 
 

@@ -39,6 +39,7 @@ class Head(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, live=None, **options):
+        """papermill's, with `nb_man` saving into `live`. Raises what stopped it, when its cell says so."""
         start, now = nb_man.cell_start, [nb_man.nb.cells[0], 0]
 
         def save(*_, **more):
@@ -72,6 +73,7 @@ class State:
         self.now = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def say(self, state: str, **more) -> None:
+        """Write `state`, the time and `more` into `state.json`, beside what it held."""
         self.now |= {"state": state, "at": time.time()} | more
         write_atomic(self.path, json.dumps(self.now, indent=1))
 

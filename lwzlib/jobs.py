@@ -52,6 +52,8 @@ class Seen(NamedTuple):
 
 
 class End(NamedTuple):
+    """How a job ended; with a `name`, papermill gets the message as an error of that name."""
+
     state: str  # finished, failed, or a key of _ENDS
     name: str = ""  # of the error; empty: the notebook's cells tell it all
     message: str = ""
@@ -59,6 +61,8 @@ class End(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
+    """A submitted job, known by its folder alone: `job.json` is ours, `state.json` the job's, the log Slurm's."""
+
     folder: Path
 
     @property
@@ -67,6 +71,7 @@ class Job:
         return json.loads((self.folder / "job.json").read_text())
 
     def note(self, **more) -> None:
+        """Add to what was submitted, or replace some of it: `job_id`, `seen`."""
         write_atomic(self.folder / "job.json", json.dumps(self.record | more, indent=1))
 
     @property
@@ -79,15 +84,18 @@ class Job:
 
     @property
     def log(self) -> Path:
+        """What the job prints, under submitit's name for it; there once the job has started."""
         return self.folder / f"{self.record['job_id']}_0_log.out"
 
     def log_tail(self, lines: int = 15) -> list[str]:
+        """Its last lines; [] before the job has started."""
         try:
             return self.log.read_text(errors="replace").splitlines()[-lines:]
         except FileNotFoundError:
             return []
 
     def cancel(self) -> None:
+        """Raises ClusterError with Slurm's reason if it refuses."""
         done = subprocess.run(["scancel", self.record["job_id"]], capture_output=True, text=True)
         if done.returncode:
             raise ClusterError(f"job {self.record['job_id']} could not be cancelled: {done.stderr.strip()}. "
@@ -120,6 +128,7 @@ class Watch:
         self.next, self.told = 0.0, ""
 
     def end(self) -> End | None:
+        """None while it goes on. The job's own word counts at once; Slurm, asked every `poll_s` s, must say it for a while."""
         if said := self.job.said:
             self._news(said)
         if (end := self.job.end(None)) or time.monotonic() < self.next:

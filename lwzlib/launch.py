@@ -35,7 +35,7 @@ _OWN = {
     "cold-start": _BASE,
     "writing-rm": ("writing_rm",),
     "corpus": ("model", "corpus"),
-    "distil": ("cot",),
+    "distil": ("model", "corpus", "cot"),
     "pack": ("model", "corpus", "cot", "pretrain"),
     "pretrain": (*_BASE, "corpus", "cot", "pretrain"),
 }
@@ -150,6 +150,7 @@ def _writing_rm(recipe: Recipe, first) -> str:
 
 
 def arm_stages(recipe: Recipe, arm: str) -> list[str]:
+    """Of one arm, in order; `samples-during` only where the policy is rated while RL goes on (`evaluation.every_steps`)."""
     during = recipe.arm(arm).algorithm == "grpo" and 0 < recipe.evaluation.every_steps < recipe.grpo.steps
     return ["samples-before", recipe.arm(arm).algorithm, *["samples-during"] * during, "samples-after"]
 

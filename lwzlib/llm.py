@@ -104,6 +104,7 @@ class Spent:
                 f"{time.monotonic() - self.began:,.0f} s{pace}")
 
     def say(self, text: str, every_s: float = 10) -> None:
+        """Print `text` and the totals, unless something was printed less than `every_s` seconds ago."""
         if time.monotonic() - self.said_at >= every_s:
             self.said_at = time.monotonic()
             print(f"{text}: {self}", flush=True)

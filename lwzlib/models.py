@@ -94,11 +94,10 @@ def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False,
         kind, extra = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
         if spread := spread and torch.cuda.device_count() > 1 and "RANK" not in os.environ:
             torch.cuda.empty_cache()  # what another model's work left unused counts as taken
-            extra["device_map"] = "auto"
         if scorer:
             logging.set_verbosity_error()  # else a report that the head is new
         model = kind.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention,
-                                     trust_remote_code=trust_remote_code, **extra)
+                                     trust_remote_code=trust_remote_code, device_map="auto" if spread else None, **extra)
     except OSError as error:
         raise ModelError(f"cannot load model {name}: {str(error).splitlines()[0]}") from error
     model.config.pad_token_id = words.pad_token_id

@@ -60,6 +60,7 @@ class Overlap:
         return self.share_of(self.lexical | self.semantic)
 
     def share_of(self, repeated) -> float:
+        """The same for any indices of passages: those of one signal, for example."""
         return sum(self.words[i] for i in repeated) / max(1, sum(self.words))
 
 

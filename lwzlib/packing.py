@@ -28,7 +28,7 @@ _PACKED_AT_ONCE_TOKENS = 2**22  # memory stays flat; what does not fit a sequenc
 class Pieces:
     """The documents of one source, cut at `longest` tokens, in a seeded order, again and again.
 
-    `drawn` counts tokens; `epochs` is how often the source was gone through.
+    `total` and `drawn` count tokens.
     """
 
     def __init__(self, files: list[Path], longest: int, bytes_per_token: int, seed: int):
@@ -45,6 +45,7 @@ class Pieces:
 
     @property
     def epochs(self) -> float:
+        """How often the source was gone through; 0 for one without tokens."""
         return self.drawn / self.total if self.total else 0.0
 
     def draw(self, at_most: int | None = None) -> np.ndarray:

@@ -39,6 +39,7 @@ class Pair(BaseModel):
 
     @property
     def language(self) -> str:
+        """That of the chosen text: `zh` if it has a Han character, else `en`."""
         return language_of(self.chosen)
 
 

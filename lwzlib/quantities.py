@@ -10,10 +10,14 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
+    """Quantities that belong together; unknown names, other types, NaN and infinity are refused, and all is frozen."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Model(Section):
+    """The base model of all stages; the Writing RM is trained in its dtype and frame."""
+
     name: str  # `kit:smollm2-135m-instruct`, `kit:tiny`, a folder, or a hub name
     dtype: Literal["bfloat16", "float32"]
     attention: Literal["eager", "sdpa", "flash_attention_2"]
@@ -22,17 +26,23 @@ class Model(Section):
 
 
 class Data(Section):
+    """Read by all stages: queries to train on, and queries held out, which `corpus` keeps out of the documents."""
+
     train: str  # `kit:train`, `kit:train_short`, a .jsonl file, or `hub:<dataset>`
     heldout: str
     languages: list[Literal["en", "zh"]] = Field(min_length=1)
 
 
 class Prompt(Section):
+    """How the form is asked for: by `cold-start`, `sft`, `grpo`, `distil` and the samples of an arm."""
+
     wording: Literal["full", "brief"]
     worked_examples: Annotated[int, Field(ge=0, le=2)]
 
 
 class ColdStart(Section):
+    """The stage `cold-start`, not in the paper: one epoch teaches the form to models that do not emit it when asked."""
+
     queries: Count  # 0 turns the stage off; each gives one think and one direct-answer document
     learning_rate: Rate
     batch_documents: Positive
@@ -41,10 +51,14 @@ class ColdStart(Section):
 
 
 class LengthQuantities(Section):
+    """Of the length reward: `max_words` is `max` in its formula."""
+
     max_words: Positive
 
 
 class Lora(Section):
+    """The adapter of `writing_rm`, of `grpo` or of `sft`; it is merged into the model at the end."""
+
     rank: Count  # 0 = all weights are trained
     alpha: Positive
     targets: list[str] | Literal["all-linear"]  # names of the modules that get an adapter
@@ -76,12 +90,16 @@ class WritingRM(Section):
 
 
 class WritingQuantities(Section):
+    """Of the writing reward: the Writing RM, and where it scores."""
+
     model: str  # `stage`: the one that this recipe trains; or a folder with a Writing RM
     url: str  # of a running `lwz serve-rm`; empty = score in the trainer's process
     patience_s: Positive  # how long a silent server is waited for
 
 
 class FormatQuantities(Section):
+    """Of the format reward; the paper publishes neither the metric of repetition nor a threshold."""
+
     min_plan_words: Count  # a think segment with fewer is no plan, and the form not exact
     encoder: str  # sentence encoder of the semantic signal; empty = lexical alone
     encoder_languages: list[Literal["en", "zh"]]
@@ -92,12 +110,16 @@ class FormatQuantities(Section):
 
 
 class Weights(Section):
+    """Of the rewards in the advantage; one of weight 0 is not computed."""
+
     length: Annotated[float, Field(ge=0)]
     writing: Annotated[float, Field(ge=0)]
     format: Annotated[float, Field(ge=0)]
 
 
 class Reward(Section):
+    """What `grpo` maximises; by it `distil` chooses, and the samples of an arm are scored."""
+
     length: LengthQuantities
     writing: WritingQuantities
     format: FormatQuantities
@@ -105,6 +127,8 @@ class Reward(Section):
 
 
 class Sampling(Section):
+    """How completions are drawn: in `grpo` (and so in `distil`), and for the samples of an arm."""
+
     temperature: Annotated[float, Field(gt=0, le=2)]
     top_p: Rate
     max_new_tokens: Positive
@@ -119,6 +143,8 @@ class Decoding(Sampling):
 
 
 class Grpo(Section):
+    """The stage `grpo`; `distil` writes with its sampling and chooses by its advantage, a mode of `advantage.MODES`."""
+
     steps: Positive
     group_size: Annotated[int, Field(ge=2)]
     queries_per_step: Positive
@@ -186,6 +212,8 @@ class Cot(Section):
 
 
 class Pretrain(Section):
+    """The stages `pack` and `pretrain`: `tokens` are drawn from the corpus, packed into sequences, and gone through once."""
+
     tokens: Positive
     sequence_tokens: Positive
     batch_sequences: Positive  # a step, over all processes
@@ -212,6 +240,8 @@ class Sft(Section):
 
 
 class Samples(Section):
+    """The stages `samples-before`, `samples-during` and `samples-after`: what an arm writes for held-out queries."""
+
     queries: Positive  # held-out queries written before and after RL
     batch_completions: Positive
     sampling: Sampling

@@ -28,6 +28,8 @@ class RecipeError(ValueError):
 
 
 class Recipe(q.Section):
+    """A whole recipe, as `load` returns it; quantities of two sections that cannot go together are refused too."""
+
     name: str
     launch: Literal["inline", "subprocess", "torchrun", "slurm"]
     model: q.Model
@@ -83,6 +85,7 @@ class Recipe(q.Section):
         return pretrained or (self.arms[arm].algorithm == "sft" and self.sft.data == "made")
 
     def arm(self, name: str) -> q.Arm:
+        """Raises RecipeError, with the nearest name, for one that the recipe has not."""
         if name not in self.arms:
             raise RecipeError(f"recipe {self.name} has no arm {name!r}{nearest(name, self.arms)}; "
                               f"it has {', '.join(self.arms)}")

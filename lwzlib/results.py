@@ -44,10 +44,14 @@ class _Row(BaseModel):
 
 
 class RlRow(_Row):
+    """A row of `<setting>.csv`: one RL step, counted from 1; the rewards and lengths are among its further columns."""
+
     step: Annotated[int, Field(ge=1)]
 
 
 class HeldOutRow(_Row):
+    """A row of `<setting>_held_out.csv`: one sample; `writing` is its score by the Writing RM, None where there was none."""
+
     algorithm: Literal["grpo", "sft"]
     start: _Said
     judge: str | None  # the Writing RM's identity
@@ -67,6 +71,8 @@ class HeldOutRow(_Row):
 
 
 class MixtureRow(_Row):
+    """A row of `<setting>_mixture.csv`: the tokens that were packed from one source."""
+
     source: _Said
     tokens: Annotated[int, Field(ge=0)]
 

@@ -44,6 +44,7 @@ class Scorer:
                 self.model = prepare_deepspeed(self.model, Accelerator())
 
     def count_tokens(self, texts: Iterable[tuple[str, str]]) -> list[int]:
+        """Of each (prompt, text) in its frame: what `max_tokens` bounds."""
         return [len(ids) for ids in self._ids(texts)]
 
     def __call__(self, texts: list[tuple[str, str]], batch_tokens: int = 8192) -> list[float]:

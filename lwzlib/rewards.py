@@ -46,6 +46,7 @@ class LengthReward:
     __name__ = "length"
 
     def score(self, words: int, word_range: tuple[int, int]) -> float:
+        """In [0, 1], by the module's formula. Raises RewardError unless 0 <= lower <= upper < `max_words`."""
         lower, upper = word_range
         if not 0 <= lower <= upper < self.max_words:
             raise RewardError(f"word range [{lower}, {upper}] must satisfy 0 <= lower <= upper < "
@@ -55,6 +56,7 @@ class LengthReward:
         return 1.0 if words <= upper else max(0.0, (self.max_words - words) / (self.max_words - upper))
 
     def __call__(self, completions, word_range, style, **_) -> list[float]:
+        """TRL's call: one reward a completion, for the words of its answer. Raises RewardError as `score` does."""
         answers = [parse(completion_text(c), s).answer for c, s in zip(completions, style, strict=True)]
         return [self.score(count_words(a), r) for a, r in zip(answers, word_range, strict=True)]
 
@@ -79,23 +81,28 @@ class FormatReward:
     __name__ = "format"
 
     def score(self, completion: str, style: Style) -> float:
+        """Of a single completion, in [0, 1]."""
         return self([completion], style=[style])[0]
 
     def overlaps(self, answers: list[str], plans: list[str]) -> list[Overlap]:
+        """What each answer repeats of itself and of its plan; by meaning too where there is an `encoder`."""
         meaning = Meaning(functools.partial(encode, name=self.encoder), self.same_meaning,
                           self.encoder_languages) if self.encoder else None
         return find_overlaps(answers, self.near_duplicate, plans, meaning)
 
     def structure(self, completion: str, parsed: Parsed, style: Style) -> float:
+        """1 for the exact form with an answer, and a plan if one is asked for; else `partial_credit` a tag that stands once."""
         planned = style == "direct" or count_words(parsed.plan) >= self.min_plan_words
         if parsed.exact and planned and parsed.answer:
             return 1.0
         return self.partial_credit * sum(completion.count(tag) == 1 for tag in TAGS[style])
 
     def repetition_factor(self, share: float) -> float:
+        """1 up to `tolerated_repetition`, and from there on a line down to 0 at a share of 1."""
         return 1 - max(0.0, share - self.tolerated_repetition) / (1 - self.tolerated_repetition)
 
     def __call__(self, completions, style, **_) -> list[float]:
+        """TRL's call: one reward a completion, in [0, 1]."""
         texts = [completion_text(c) for c in completions]
         parsed = [parse(text, s) for text, s in zip(texts, style, strict=True)]
         # Partial credit pays for repetition too: else a loop would earn more by breaking the form.
@@ -129,6 +136,7 @@ class WritingReward:
 
     @property
     def identity(self) -> str:
+        """Of the model in `folder`: the fingerprint of its training, which a server must name too."""
         return _info(self.folder)["identity"]
 
     def of_answers(self, texts: list[tuple[str, str]]) -> list[float]:
@@ -138,6 +146,7 @@ class WritingReward:
         return [next(values) if answer else _info(self.folder)["floor"] for _, answer in texts]
 
     def __call__(self, completions, style, query, **_) -> list[float]:
+        """TRL's call: one score an answer. Raises ScoringError with a `url`, else RunError for too long a text."""
         answers = [parse(completion_text(c), s).answer for c, s in zip(completions, style, strict=True)]
         return self.of_answers(list(zip(query, answers, strict=True)))
 

@@ -55,6 +55,7 @@ class Run:
 
     @property
     def fingerprint(self) -> str:
+        """Hex digest of its sections, seed and inputs, which a finished stage must share to be loaded."""
         return self.recipe.fingerprint(*self.sections, seed=self.seed, **self.inputs)
 
     @property
@@ -65,6 +66,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Raises RunError as `check` does."""
         self.check()
         return self.status.get("state") == "finished"
 
@@ -110,15 +112,18 @@ class Run:
                     self.update(state=state, wall_s=round(before + time.time() - started, 1))
 
     def update(self, **changes) -> None:
+        """Set keys of `status.json`, keep the others; in the main process alone. Raises RunError if the disk is full."""
         if not main_process():
             return
         status = {"fingerprint": self.fingerprint} | self.status | changes
         write_atomic(self.folder / "status.json", json.dumps(status, indent=1))
 
     def rows(self, name: str = "metrics") -> list[dict]:
+        """Those of `<name>.jsonl` in the folder; [] before the first."""
         return read_rows(self.folder / f"{name}.jsonl")
 
     def append(self, name: str, *rows: dict) -> None:
+        """Add to `<name>.jsonl`, in the main process alone. Raises RunError if the disk is full."""
         if main_process():
             append_rows(self.folder / f"{name}.jsonl", rows)
 
@@ -217,6 +222,7 @@ class Stop:
 
     @classmethod
     def listen(cls) -> None:
+        """Take SIGUSR1 from now on; Python allows it in the main thread alone."""
         signal.signal(signal.SIGUSR1, cls._come)
 
     @classmethod

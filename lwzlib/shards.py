@@ -47,6 +47,7 @@ class Words(WhitespaceTokenizer):
     """The kit's words for datatrove, which knows English and Chinese ones only with models that must be fetched."""
 
     def word_tokenize(self, text: str) -> list[str]:
+        """What `text.count_words` counts; datatrove makes its n-grams of them."""
         return split_words(text)
 
 
@@ -61,6 +62,7 @@ class Keep(BaseFilter):
         self.bounds = min_words, max_words
 
     def filter(self, document: Document):
+        """datatrove's question to a filter: True, or (False, one of the first three `REASONS`)."""
         from py3langid import classify
 
         words = count_words(document.text)
@@ -85,6 +87,7 @@ class Decontaminate(NGramsDecontFilter):
         super().__init__(".", NGramsDecontConfig(n_grams=size), language=Words())
 
     def load_index_hashes(self):
+        """datatrove reads them from files before the first document; here they are made from the prompts."""
         size = self.config.n_grams
         self._index_hashes = {self.hash_func(" ".join(prompt[i : i + size])): "prompt"
                               for prompt in self.prompts for i in range(len(prompt) - size + 1)}
@@ -94,6 +97,7 @@ class Signature(MinhashDedupSignature):
     """The only change: a long document is hashed piece by piece."""
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+        """14 buckets of 8 hashes, each the minimum over the pieces: the same as of the whole."""
         pieces = range(0, len(shingles), _SHINGLES_AT_A_TIME)
         each = [super(Signature, self).get_signature(shingles[i : i + _SHINGLES_AT_A_TIME]) for i in pieces]
         return np.min(each, axis=0).tolist()

@@ -28,10 +28,12 @@ class Step:
 
     @property
     def seconds(self) -> float:
+        """Of the whole step: no part runs beside another."""
         return sum(line.value for line in self.lines)
 
     @property
     def bound(self) -> Line:
+        """The part that takes longest."""
         return max(self.lines, key=lambda line: line.value)
 
 

@@ -17,6 +17,8 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
+    """A number that estimates rest on, and where it comes from."""
+
     value: float
     unit: str
     kind: str  # published, measured or assumed
@@ -61,6 +63,8 @@ def assuming(**values: float):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
+    """What estimates ask of a GPU; `gib` is its memory."""
+
     name: str
     gib: float
     flops: float  # dense bfloat16, a second
@@ -87,6 +91,7 @@ class Shape:
 
     @property
     def head(self) -> int:
+        """Width of one attention head."""
         return self.hidden // self.heads
 
     @property
@@ -98,11 +103,13 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
+        """The matrices of a layer, their biases of q, k and v where it has them, and two norms."""
         bias = self.attention_bias * (self.hidden + 2 * self.kv_heads * self.head)
         return sum(a * b for a, b in self.linears.values()) + bias + 2 * self.hidden
 
     @property
     def parameters(self) -> int:
+        """All layers, the last norm, the embedding, and the output matrix unless it is `tied` to the embedding."""
         return self.layers * self.layer_parameters + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
 
     def kv_bytes(self, tokens: float = 1, dtype_bytes: int = 2) -> float:

@@ -64,6 +64,7 @@ class SlurmEngine(Engine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, job=None, log_output=False, stdout_file=None, stderr_file=None, **_):
+        """papermill calls it with `nb_man`, its notebook: filled from the job until that ends. Ctrl-C cancels the job."""
         mirror = Mirror(nb_man, job, log_output, {"stdout": stdout_file, "stderr": stderr_file})
         watch = Watch(job, mirror.tell)
         try:
@@ -203,11 +204,13 @@ class Mirror:
         self.shown: dict[tuple, int] = {}  # characters of a cell's stream that were passed on
 
     def tell(self, text: str) -> None:
+        """Log a line, and show it beside papermill's progress bar."""
         logger.info(text)
         if self.nb_man.pbar is not None:  # None under --no-progress-bar
             self.nb_man.pbar.set_description(text)
 
     def copy(self) -> None:
+        """Take over `live.ipynb` if the job has written it anew; nothing before the job has started."""
         try:
             with self.path.open(encoding="utf-8") as file:  # opening it makes NFS look at the server
                 version = os.fstat(file.fileno()).st_mtime_ns

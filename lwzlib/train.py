@@ -48,6 +48,7 @@ def arguments(recipe: Recipe, run: Run) -> dict:
 
 
 def load(recipe: Recipe, name: str, spread: bool = False):
+    """(model, tokenizer) of any name, in the recipe's dtype and attention, as `models.load`. Raises ModelError."""
     m = recipe.model
     return models.load(name, m.dtype, m.attention, m.trust_remote_code, spread=spread)
 
@@ -76,6 +77,7 @@ class AtBegin(TrainerCallback):
         self.do = do
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """transformers calls it before the first step; `do` gets the model in eval mode, and its own mode comes back."""
         training = model.training
         self.do(model.eval())
         model.train(training)
@@ -88,6 +90,7 @@ class Snapshots(TrainerCallback):
         self.trainer, self.folder, self.every_steps = trainer, run.folder / "snapshots", every_steps
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Into `snapshots/<step>`; not the last step, whose model `save` keeps, and never where `every_steps` is 0."""
         if self.every_steps and state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
             self.trainer.save_model(str(self.folder / str(state.global_step)))
 
@@ -144,6 +147,7 @@ class Rows(TrainerCallback):
         self.every_s = 60 * run.recipe.distributed.checkpoint_every_minutes
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """transformers calls it at each log: one with a loss becomes a row and a printed line, in the first process alone."""
         if not state.is_world_process_zero or "loss" not in logs:
             return
         values = {ours: logs[theirs] for ours, theirs in self.columns.items() if theirs in logs}
@@ -161,11 +165,13 @@ class Rows(TrainerCallback):
               f"{shown}  {row['step_s']:.1f} s", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
+        """transformers saves, or saves and stops, by what is set here; all processes set the same."""
         due, asked = _agreed(0 < self.every_s <= time.monotonic() - self.saved, Stop.asked)
         control.should_save |= due or asked
         control.should_training_stop |= asked
 
     def on_save(self, args, state, control, **kwargs):
+        """transformers calls it when a checkpoint is whole: `status.json` then names it."""
         self.saved = time.monotonic()
         if state.is_world_process_zero:
             self.run.update(checkpoint=f"checkpoint-{state.global_step}", checkpoint_step=state.global_step)

@@ -65,6 +65,8 @@ _AT_ONCE = 1000  # prompts held in memory, each of which has two whole texts
 
 @dataclass(frozen=True)
 class Task:
+    """A request to write. `type` is its genre, in the words of whoever made the request."""
+
     id: str
     question: str
     type: str = "unknown"
@@ -88,6 +90,8 @@ class Arena:
 
 
 class Match(NamedTuple):
+    """Two models on one query, in the order in which a judge is shown them."""
+
     query_id: str
     first: str
     second: str
@@ -159,9 +163,7 @@ def _baselines(place: str, given) -> dict[str, str]:
 
 def of_samples(samples: Mapping[str, Iterable[dict]]) -> Arena:
     """The embedded arena: {model: rows of its `samples.jsonl`}, each with id, query, type and completion.
-
-    Raises ArenaError if a model answers a query twice, or an id has another query elsewhere.
-    """
+    Raises ArenaError if a model answers a query twice, or an id has another query elsewhere."""
     tasks, texts = {}, {}
     for model, rows in samples.items():
         mine = texts.setdefault(model, {})
@@ -222,9 +224,7 @@ def matches(arena: Arena, pairs: Iterable[tuple[str, str]] | None = None) -> lis
 
 async def judged_by_llm(arena: Arena, asked: list[Match], settings: llm.Settings, replies: Path) -> pd.DataFrame:
     """Judgments of a language model; its `replies` on disk make it resumable, and nothing is paid for twice.
-
-    Raises llm.LLMError (the budget too) and RunError: the same call goes on from there.
-    """
+    Raises llm.LLMError (the budget too) and RunError: the same call goes on from there."""
     rows, spent = [], llm.Spent()
     for start in range(0, len(asked), _AT_ONCE):
         some = asked[start : start + _AT_ONCE]
@@ -296,4 +296,5 @@ def save(path: Path, judgments: pd.DataFrame) -> None:
 
 
 def table(rows: list[dict]) -> pd.DataFrame:
+    """Judgments with the columns `COLUMNS`; what is missing is None, never NaN."""
     return pd.DataFrame(rows, columns=COLUMNS).astype(object).replace({np.nan: None})

@@ -60,6 +60,8 @@ Answer with this JSON alone: {"analysis": "what decided the grades, in at most 1
 
 
 class Row(BaseModel):
+    """A row of the benchmark's file: a prompt, its genre, and the words it asks for (`length`)."""
+
     prompt: str = Field(min_length=1)
     type: str
     length: int = Field(strict=True, gt=0)
@@ -88,6 +90,8 @@ class Quality(BaseModel):
 
 
 class Scored(Indexed):
+    """A row of a score file: the judgments of one response."""
+
     scores: list[Quality] = Field(min_length=1)
 
 

@@ -21,6 +21,8 @@ MATERIAL = """<request>
 
 
 class Indexed(BaseModel):
+    """A row that names its prompt: `index` is the prompt's number in the benchmark."""
+
     index: int = Field(strict=True)
 
 
@@ -28,6 +30,8 @@ Row = TypeVar("Row", bound=Indexed)
 
 
 class Response(Indexed):
+    """A row of a file of responses: what a model wrote for one prompt, plan and tags included."""
+
     response: str
 
 

@@ -57,6 +57,8 @@ Answer with this JSON alone: {"score": an integer from 1 to 10, "reason": "what 
 
 
 class Named(BaseModel):
+    """A criterion, known by its name alone."""
+
     name: str = Field(min_length=1)
 
 
@@ -99,10 +101,11 @@ class Item(Indexed):
 
     @property
     def language(self) -> str:
+        """`en` or `zh`: that of the judge's prompt, and the part of the table in which the query counts."""
         return self.lang if self.lang in ("en", "zh") else language_of(self.query)
 
 
-class Judgment(BaseModel):
+class Judgment(BaseModel):  # noqa: D101  # a docstring would stand in the JSON schema that an endpoint gets
     score: int = Field(strict=True, ge=1, le=10)
     reason: str
 
@@ -111,6 +114,8 @@ Judgments = dict[str, Annotated[list[Judgment], Field(min_length=1)]]  # by crit
 
 
 class Scored(Indexed):
+    """A row of a score file: the judgments of one response, by criterion."""
+
     scores: Judgments = Field(min_length=1)
 
 
