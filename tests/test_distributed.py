@@ -14,7 +14,7 @@ import pytest
 from polling import until
 from smoke_runs import ARM, comparable, same, start, trained, weights
 
-from lwzlib import distributed, launch, recipe, runs, train
+from lwzlib import data, distributed, launch, recipe, rewards, runs, train
 from lwzlib.runs import INTERRUPTED, Interrupted, Run, RunError
 
 TWO = ["launch=torchrun", "distributed.processes=2", "grpo.micro_batch_completions=2"]
@@ -50,12 +50,17 @@ def test_zero_learns_what_one_process_learns(alone, rowwise, tmp_path, zero):
 
 @needs_deepspeed
 def test_zero_learns_with_a_judge_that_zero_trained(smoke, tmp_path):
-    """Its pairs are made by one process with a whole model, and it scores whole in every process beside a sharded policy."""
-    made = recipe.load("smoke", TWO, ["distributed.zero=3", "cold_start.queries=0", "writing_rm.batch_pairs=2", "grpo.steps=2"])
+    """One process makes its pairs with a whole model; beside a sharded policy it is sharded, and says what it says whole."""
+    made = recipe.load("smoke", TWO, ["distributed.zero=3", "cold_start.queries=0", "writing_rm.batch_pairs=2", "grpo.steps=2",
+                                      "grpo.kept_completions_per_step=100"])
     run = launch.launch("grpo", made, tmp_path, 0, ARM)
     judge = launch.stage_run("writing-rm", made, tmp_path, 0)
     assert run.finished and judge.finished and len(judge.rows("scores")) == len(judge.rows("pairs_heldout"))
-    assert all(abs(row["writing"]) < 100 for row in run.rows()) and weights(judge)
+    alone = rewards.WritingReward(str(judge.folder / "model"), made.model.dtype, made.model.attention)
+    rows, queries = run.rows("completions"), {q.id: q.query for q in data.load(made.data.train, made.data.languages)}
+    expected = alone([row["completion"] for row in rows], ["think"] * len(rows), [queries[row["id"]] for row in rows])
+    assert len(rows) == 2 * made.grpo.group_size * made.grpo.queries_per_step and len(set(expected)) > 1
+    assert [row["writing"] for row in rows] == pytest.approx(expected, abs=1e-4)
 
 
 def family(run: Run) -> tuple[psutil.Process, list[psutil.Process]]:

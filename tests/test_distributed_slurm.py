@@ -55,12 +55,20 @@ def test_two_nodes_learn_what_one_process_learns(alone, rowwise, slurm, tmp_path
 
 
 def test_the_engine_sends_notebook_05_to_two_nodes_and_they_learn_what_one_process_learns(alone, slurm, tmp_path):
-    site = Site(tmp_path, cpus_per_node=2, memory_gb_per_node=8, poll_s=1,
+    inside, image, container = tmp_path / "inside", tmp_path / "image", tmp_path / "container"
+    for folder in (inside, image):
+        folder.mkdir()
+    (image / "mark").touch()
+    container.write_text(f'#!/bin/sh\nmount --bind {image} {inside} && exec "$@"\n')
+    container.chmod(0o755)
+    site = Site(tmp_path, cpus_per_node=2, memory_gb_per_node=8, poll_s=1, container=f"unshare --mount {container}",
                 environment={"PYTHONPATH": smoke_runs.ROWWISE, "OMP_NUM_THREADS": "1"})
     asked = {"recipe": "smoke", "overrides": [*COMMON, *TWO_NODES], "arm": ARM, "run_dir": str(tmp_path / "run")}
     started = site.started(NOTEBOOKS / "05_train_grpo.ipynb", "nodes=2", **asked)
-    until(lambda: started.done() or all(ranks(slurm).values()), "a rank on each node", 120)
+    found = until(lambda: started.done() or (all((on := ranks(slurm)).values()) and on), "a rank on each node", 120)
     assert not started.done(), started.exception()
+    assert all(Path(f"/proc/{rank.pid}/root{inside}/mark").exists() for on in found.values() for rank in on) and not any(
+        inside.iterdir()), "a rank is outside of the container"
     started.result(120)
     run = launch.stage_run("grpo", recipe.load("smoke", asked["overrides"]), tmp_path / "run", 0, ARM)
     same(run, alone)

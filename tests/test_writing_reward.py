@@ -6,7 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -252,3 +255,38 @@ def test_the_command_line_tries_attacks_on_the_writing_reward(folder, monkeypatc
     for said in (with_it, without):
         assert said.exit_code == 0 and "repetition" in said.output
     assert "writing" in with_it.output and "writing" not in without.output
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_texts_of_all_processes_are_scored_in_as_many_passes_each(monkeypatch, processes):
+    """Threads as processes: each has other texts, one has none, and some have the same."""
+    texts = [[[1, 2], [3], [1, 2]], [], [[4, 4, 4], [3]]][:processes]
+    passes, scored, barrier, shelf = Counter(), {}, threading.Barrier(processes), {}
+
+    def gather(rank, part):
+        shelf[rank] = part
+        barrier.wait(10)
+        whole = [each for other in range(processes) for each in shelf[other]]
+        barrier.wait(10)
+        return whole
+
+    def score(model, pad, ids, batch_tokens):
+        passes[at.rank] += len(ids)
+        assert batch_tokens == 0 and len(set(ids)) == len(ids)
+        return [float(sum(each)) for each in ids]
+
+    def process(rank):
+        at.rank = rank
+        scored[rank] = reward_model.scores_together(None, 0, texts[rank])
+
+    at = threading.local()
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda part: gather(at.rank, part))
+    monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(num_processes=processes, process_index=at.rank))
+    monkeypatch.setattr(reward_model, "scores", score)
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert scored == {rank: [float(sum(each)) for each in own] for rank, own in enumerate(texts)}
+    assert len(set(passes.values())) == 1 and len(passes) == processes
