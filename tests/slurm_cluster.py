@@ -16,6 +16,7 @@ import pytest
 from polling import until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "ip", "nsenter", "unshare")
+ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacct")
 PARTITION = "cpu"
 NODES = ("node1", "node2")
 _CONF = """ClusterName=lwz
@@ -34,7 +35,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
-AccountingStorageType=accounting_storage/none
+{accounting}
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=1
 JobAcctGatherParams=OverMemoryKill
@@ -60,12 +61,28 @@ PartitionName=members Nodes=node[1-2] AllowAccounts=members State=UP
 """
 
 
-def missing() -> str:
+_DBD_CONF = """AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdPort={dbd_port}
+SlurmUser=root
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={sql_port}
+StorageUser=root
+StorageLoc=accounts
+"""
+
+
+def missing(accounting: bool = False) -> str:
     """Why there can be no cluster here; empty if there can."""
     if os.geteuid():
         return "needs root, to start Slurm's daemons and to make network namespaces"
-    absent = [program for program in PROGRAMS if not shutil.which(program, path=_path())]
-    return f"needs {', '.join(absent)} (apt-get install slurmctld slurmd slurm-client munge iproute2)" if absent else ""
+    absent = [program for program in PROGRAMS + ACCOUNTING * accounting if not shutil.which(program, path=_path())]
+    packages = "slurmctld slurmd slurm-client munge iproute2" + " slurmdbd mariadb-server" * accounting
+    return f"needs {', '.join(absent)} (apt-get install {packages})" if absent else ""
 
 
 def _path() -> str:
@@ -83,6 +100,8 @@ class Cluster:
     folder: Path
     name: str  # of its bridge and, with the number of the node, of its network namespaces
     net: str  # the first three numbers of its addresses
+    dbd_port: int = 0
+    database: dict[str, str | int] = dataclasses.field(default_factory=dict)  # options of MariaDB
     daemons: dict[str, subprocess.Popen] = dataclasses.field(default_factory=dict)
 
     def start(self, name: str) -> None:
@@ -90,8 +109,11 @@ class Cluster:
         if name == "munged":
             command = ["munged", "--foreground", "--force", *(f"--{kind}={self.folder}/munge.{end}" for kind, end in (
                 ("key-file", "key"), ("socket", "socket"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed")))]
-        elif name == "slurmctld":
-            command = ["slurmctld", "-D"]
+        elif name in ("slurmctld", "slurmdbd"):
+            command = [name, "-D"]
+        elif name == "mariadbd":
+            command = ["mariadbd", "--no-defaults", "--user=root", "--skip-grant-tables", "--bind-address=127.0.0.1",
+                       *(f"--{key}={value}" for key, value in self.database.items())]
         else:
             inside = f"hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {name}"
             command = ["nsenter", f"--net=/run/netns/{self._namespace(name)}", "unshare", "-m", "-u", "sh", "-c", inside]
@@ -110,6 +132,14 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.daemons.pop(node).wait(30)
+
+    def forget(self, meanwhile=lambda: None) -> None:
+        """The controller is killed, and comes back without memory of any job."""
+        self.stop("slurmctld", signal.SIGKILL)
+        meanwhile()
+        for path in (self.folder / "state").iterdir():
+            path.unlink() if path.is_file() else None
+        self.start("slurmctld")
 
     def boot(self, node: str) -> None:
         _ip("link", "set", self._port(node), "up")
@@ -145,20 +175,22 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(folder: Path):
+def running(folder: Path, accounting: bool = False):
     """Sets SLURM_CONF for everything that is started inside. Skips the test without Slurm, unless LWZ_REQUIRE_SLURM is set."""
-    if why := missing():
+    if why := missing(accounting):
         assert not os.environ.get("LWZ_REQUIRE_SLURM"), f"CI must have Slurm: {why}"
         pytest.skip(f"Slurm: {why}")
     folder.chmod(0o755)
     cluster = Cluster(folder, f"lwz{os.getpid()}", f"10.{77 + os.getpid() // 250 % 100}.{os.getpid() % 250}")
-    _configure(cluster)
+    _configure(cluster, accounting)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         try:
             cluster.wire()
             cluster.start("munged")
             until(lambda: (folder / "munge.socket").exists(), "munged", 20)
+            if accounting:
+                _account(cluster)
             for daemon in ("slurmctld", *NODES):
                 cluster.start(daemon)
             until(lambda: idle() == set(NODES), "the nodes", 60)
@@ -178,10 +210,36 @@ def idle() -> set[str]:
     return {line.split()[0] for line in done.stdout.splitlines() if line.endswith(" idle")}
 
 
-def _configure(cluster: Cluster) -> None:
-    folder, host, ports = cluster.folder, socket.gethostname().split(".")[0], _free_ports(2)
-    (folder / "slurm.conf").write_text(_CONF.format(folder=folder, host=host, net=cluster.net, partition=PARTITION,
-                                                    ctld_port=ports[0], node_port=ports[1]))
+def _account(cluster: Cluster) -> None:
+    """MariaDB, and Slurm's daemon before it."""
+    cluster.database["datadir"] = str(cluster.folder / "database")
+    subprocess.run(["mariadb-install-db", "--no-defaults", f"--datadir={cluster.database['datadir']}", "--skip-test-db",
+                    "--auth-root-authentication-method=normal"], check=True, capture_output=True)
+    for daemon, port in (("mariadbd", int(cluster.database["port"])), ("slurmdbd", cluster.dbd_port)):
+        cluster.start(daemon)
+        until(lambda port=port: _answers(port), daemon, 60)
+    done = subprocess.run(["sacctmgr", "--immediate", "add", "cluster", "lwz"], capture_output=True, text=True)
+    assert not done.returncode, done.stdout + done.stderr
+
+
+def _answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def _configure(cluster: Cluster, accounting: bool) -> None:
+    folder, host, ports = cluster.folder, socket.gethostname().split(".")[0], _free_ports(4)
+    kept = (f"accounting_storage/slurmdbd\nAccountingStorageHost=localhost\nAccountingStoragePort={ports[2]}\n"
+            f"AccountingStoragePass={folder}/munge.socket")
+    (folder / "slurm.conf").write_text(_CONF.format(
+        folder=folder, host=host, net=cluster.net, partition=PARTITION, ctld_port=ports[0], node_port=ports[1],
+        accounting=f"AccountingStorageType={kept if accounting else 'accounting_storage/none'}"))
+    if accounting:
+        cluster.dbd_port = ports[2]
+        cluster.database = {"port": ports[3], "socket": f"{folder}/sql.socket", "pid-file": f"{folder}/sql.pid"}
+        (folder / "slurmdbd.conf").write_text(_DBD_CONF.format(folder=folder, dbd_port=ports[2], sql_port=ports[3]))
+        (folder / "slurmdbd.conf").chmod(0o600)
     devices = folder / "devices"  # what looks like GPUs to Slurm
     devices.mkdir()
     for number in range(2):

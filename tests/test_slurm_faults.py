@@ -150,10 +150,6 @@ def test_a_restarted_controller_costs_nothing(site, cluster):
 def test_a_job_that_slurm_forgot_without_a_result_is_lost(site, cluster):
     started = site.started(site.notebook(WAITS))
     job = waiting(site)
-    cluster.stop("slurmctld", signal.SIGKILL)
-    os.kill(job.said["pid"], signal.SIGKILL)
-    for path in (cluster.folder / "state").iterdir():
-        path.unlink() if path.is_file() else None
-    cluster.start("slurmctld")
+    cluster.forget(lambda: os.kill(job.said["pid"], signal.SIGKILL))
     error = error_of(started, 120)
     assert error.ename == "JobLost" and shown(site) == "unknown"
