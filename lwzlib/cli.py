@@ -39,11 +39,11 @@ def _resumable():
 def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None,
         jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time, of those that train. Not on a GPU.")] = 1):
     """Execute the notebooks of a recipe in order, into its run folder; running it again continues."""
-    from lwzlib import pipeline
+    from lwzlib import launch, pipeline
 
     loaded = recipes.load(recipe, sets)
     with _resumable():
-        pipeline.run(loaded, run_dir or pipeline.default_folder(loaded, seed), seed, recipe, sets or [], jobs)
+        pipeline.run(loaded, run_dir or launch.run_folder(loaded, seed), seed, recipe, sets or [], jobs)
 
 
 @app.command()
@@ -51,13 +51,13 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
           arm: Annotated[str, typer.Option(help="For the stages of an arm.")] = ""):
     """Do one stage here, after those it needs: cold-start, writing-rm, corpus, distil, pack, pretrain; of an arm:
     samples-before, grpo or sft, samples-during, samples-after. Recipe `-` is read as JSON."""
-    from lwzlib import distributed, launch, pipeline
+    from lwzlib import distributed, launch
 
     launch.end_with_parent()
     loaded = recipes.Recipe.model_validate_json(sys.stdin.read()) if recipe == "-" else recipes.load(recipe, sets)
     try:
         with _resumable():
-            launch.run_stage(name, loaded, run_dir or pipeline.default_folder(loaded, seed), seed, arm)
+            launch.run_stage(name, loaded, run_dir or launch.run_folder(loaded, seed), seed, arm)
     except typer.Exit as end:
         distributed.leave(end.exit_code)
         raise
@@ -67,10 +67,10 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
 @app.command()
 def status(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
     """The arms and stages of a run: what is done, running, to do, and how long each took."""
-    from lwzlib import pipeline
+    from lwzlib import launch, pipeline
 
     loaded = recipes.load(recipe, sets)
-    pipeline.show(loaded, run_dir or pipeline.default_folder(loaded, seed), seed)
+    pipeline.show(loaded, run_dir or launch.run_folder(loaded, seed), seed)
 
 
 @app.command()
@@ -78,11 +78,11 @@ def corpus(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir 
     """Read, clean, filter and tokenise the recipe's corpus; the same command goes on where it stopped."""
     import json
 
-    from lwzlib import launch, pipeline
+    from lwzlib import launch
 
     loaded = recipes.load(recipe, sets)
     with _resumable():
-        folder = launch.run_stage("corpus", loaded, run_dir or pipeline.default_folder(loaded, seed), seed)
+        folder = launch.run_stage("corpus", loaded, run_dir or launch.run_folder(loaded, seed), seed)
     rows = json.loads((folder / "report.json").read_text())
     table = Table(*rows[0], title=f"{folder}: documents, and tokens kept")
     for row in rows:

@@ -54,6 +54,11 @@ _LIBC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**
          "GOMP_SPINCOUNT": "10000"}
 
 
+def run_folder(recipe: Recipe, seed: int) -> Path:
+    """Where a run goes that was given no folder: `runs/<recipe>` of this repository, or `runs/<recipe>-seed<n>`."""
+    return Path(__file__).resolve().parent.parent / "runs" / (recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
+
+
 def stage_run(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Run:
     """The Run of a stage, shared by the arms or of one of them. Raises RecipeError, DataError or RunError."""
     if stage not in _SHARED | _OF_ARMS:

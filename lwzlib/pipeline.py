@@ -62,11 +62,6 @@ def show(recipe: Recipe, folder: Path, seed: int) -> None:
     Console().print(table)
 
 
-def default_folder(recipe: Recipe, seed: int) -> Path:
-    """`runs/<recipe>`, or `runs/<recipe>-seed<n>`."""
-    return Path("runs") / (recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
-
-
 def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str], jobs: int = 1) -> Path:
     """Execute what is not done yet, `jobs` notebooks that train at a time, and write the report. Raises RunError at the first
     failing cell; what runs beside it is interrupted, and goes on from its checkpoint the next time."""

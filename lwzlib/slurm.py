@@ -19,7 +19,7 @@ import papermill
 from papermill.engines import Engine
 from papermill.log import logger
 
-from lwzlib import cluster, recipe
+from lwzlib import cluster, launch, recipe
 from lwzlib.cluster import ClusterError
 from lwzlib.jobs import End, Job, Watch, ask, id_of, name_of, of
 from lwzlib.recipe import RecipeError
@@ -108,6 +108,8 @@ def checked(nb, site: cluster.Profile) -> dict:
     parameters = known | dict(given)
     if "recipe" in parameters:
         loaded = recipe.load(parameters["recipe"], parameters.get("overrides"))
+        if parameters.get("run_dir") == "":
+            parameters["run_dir"] = str(launch.run_folder(loaded, int(parameters.get("seed") or 0)))
         if "arm" in parameters:
             loaded.for_arm(parameters["arm"])
             _fits(loaded, site)
