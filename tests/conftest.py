@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from lwzlib import launch, models, recipe
 
+_LONGEST = ("test_models", "test_pipeline", "test_vllm")  # started first: at the end the other worker would wait for them
+
 # A shell's background job ignores Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -64,7 +66,7 @@ def pytest_collection_modifyitems(items):
     # Files that wait for Slurm alternate with files that compute, so that two workers do both at a time.
     files = list(dict.fromkeys(item.module for item in items))
     waiting = [file for file in files if hasattr(file, "slurm_cluster")]
-    computing = [file for file in files if file not in waiting]
+    computing = sorted((file for file in files if file not in waiting), key=lambda file: file.__name__ not in _LONGEST)
     place = {file: 2 * i for i, file in enumerate(waiting)} | {file: 2 * i + 1 for i, file in enumerate(computing)}
     items.sort(key=lambda item: place[item.module])
     if not torch.cuda.is_available():
