@@ -276,7 +276,7 @@ def panel(table: pd.DataFrame, columns=("length", "format", "writing", "answer_w
     for ax in axes[len(columns):]:
         ax.set_axis_off()
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
-    figure.legend(handles, labels, loc="outside upper center", ncols=max(len(labels), 1))
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(max(len(labels), 1), 4))
     return figure
 
 
