@@ -19,6 +19,7 @@ Style = Literal["think", "direct"]
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 # A word starts with a Latin letter and goes on through letters of any script, marks, and what one cannot see.
 _WORD = regex.compile(rf"[{_HAN}]|\p{{Latin}}[[\p{{L}}\p{{M}}\p{{Cf}}\p{{Cc}}\p{{Co}}]--[{_HAN}\s]]*", regex.V1)
+_ASCII_WORD = re.compile(r"[A-Za-z][A-Za-z\x00-\x08\x0e-\x1f\x7f]*")  # the same of such a text, in a fraction of the time
 _HAN_CHARACTER = re.compile(f"[{_HAN}]")
 _TAG = re.compile(r"</?(?:think|answer)>")
 _FORM = {
@@ -43,12 +44,16 @@ def count_words(text: str) -> int:
     >>> count_words("Spring 春天 came in 1984, didn't it?")
     8
     """
-    return len(_WORD.findall(text))
+    return len(split_words(text))
 
 
 def split_words(text: str) -> list[str]:
     """What `count_words` counts."""
-    return _WORD.findall(text)
+    return _word_in(text).findall(text)
+
+
+def _word_in(text: str):
+    return _ASCII_WORD if text.isascii() else _WORD
 
 
 def has_han(text: str) -> bool:
@@ -133,7 +138,7 @@ def count_passages(text: str) -> list[tuple[str, int]]:
     """Each passage with its number of words, for the price of one reading."""
     passages = []
     for sentence in _SENTENCE.findall(text):
-        starts = [word.start() for word in _WORD.finditer(sentence)]
+        starts = [word.start() for word in _word_in(sentence).finditer(sentence)]
         cuts = [0, *starts[_LONGEST_PASSAGE_WORDS::_LONGEST_PASSAGE_WORDS], len(sentence)]
         for n, (a, b) in enumerate(itertools.pairwise(cuts)):
             if passage := sentence[a:b].strip():

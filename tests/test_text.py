@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lwzlib import text
 from lwzlib.prompts import wrap
-from lwzlib.text import count_words, fold, has_han, parse, split_passages, whole_sentences
+from lwzlib.text import count_words, fold, has_han, parse, split_passages, split_words, whole_sentences
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 FORM = {"think": TAGS, "direct": TAGS[2:]}
@@ -166,3 +167,13 @@ def test_split_passages_cuts_after_stops_in_both_languages():
 def test_whole_sentences_leaves_a_cut_sentence_out():
     assert whole_sentences("One  day.\nIt was") == "One day."
     assert whole_sentences("It  was") == "It was"
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_words_of_ascii_are_those_of_the_general_rule(ascii_text):
+    assert split_words(ascii_text) == text._WORD.findall(ascii_text)
+
+
+def test_every_ascii_character_between_two_letters_is_taken_as_the_general_rule_takes_it():
+    for character in map(chr, range(128)):
+        assert split_words(f"a{character}b") == text._WORD.findall(f"a{character}b"), ascii(character)
