@@ -4,7 +4,6 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RECIPE ?= nano
 SEED   ?= 0
-JOBS   ?= $(if $(filter nano smoke,$(RECIPE)),2,1)
 
 .PHONY: help setup model reproduce test zero figures lint vllm-cpu clean
 .DEFAULT_GOAL := help
@@ -25,7 +24,7 @@ model: $(VENV)/.ready
 	@$(BIN)/lwz prepare
 
 reproduce: setup  ## think against no-think on a real small model, to runs/$(RECIPE)/report.html
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/lwz run $(RECIPE) --seed $(SEED) --jobs $(JOBS)
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/lwz run $(RECIPE) --seed $(SEED)
 
 test: setup  ## all tests: real training, resume, notebooks, the page in a browser
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m pytest -q -rs --durations=12 -n 2 --dist loadfile --no-loadscope-reorder

@@ -36,14 +36,13 @@ def _resumable():
 
 
 @app.command()
-def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None,
-        jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time, of those that train. Not on a GPU.")] = 1):
+def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
     """Execute the notebooks of a recipe in order, into its run folder; running it again continues."""
     from lwzlib import launch, pipeline
 
     loaded = recipes.load(recipe, sets)
     with _resumable():
-        pipeline.run(loaded, run_dir or launch.run_folder(loaded, seed), seed, recipe, sets or [], jobs)
+        pipeline.run(loaded, run_dir or launch.run_folder(loaded, seed), seed, recipe, sets or [])
 
 
 @app.command()

@@ -95,15 +95,11 @@ def _inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict:
 
 def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Path:
     """Do the stage here, after the stages it needs; returns its artefact. A finished stage returns at once."""
+    from lwzlib import pretrain
+
     run = stage_run(stage, recipe, root, seed, arm)
     if run.finished and stage != "pack":  # that one looks for damage first
         return run.folder / "model" if (run.folder / "model").is_dir() else run.folder
-    with run.turn():
-        return _do(stage, recipe, run, root, seed, arm)
-
-
-def _do(stage: str, recipe: Recipe, run: Run, root: str | Path, seed: int, arm: str) -> Path:
-    from lwzlib import pretrain
 
     def first(other, of=arm):
         return run_stage(other, recipe, root, seed, of)

@@ -87,21 +87,6 @@ class Run:
         return {key: content[key] for key in self.sections} | {"seed": self.seed, "inputs": self.inputs}
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait, however long, while another process does this stage: two notebooks may need the same one."""
-        if not main_process():
-            yield
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "turn").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{self.folder.name} is done by another process: waiting", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-    @contextlib.contextmanager
     def work(self) -> Iterator[None]:
         """Hold the folder, mark it running, and at the end finished, interrupted or failed."""
         if not main_process():

@@ -1,10 +1,8 @@
 """The notebooks through papermill, continuing, the first error, the page in a real browser, and the command line."""
 
-import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +10,12 @@ from pathlib import Path
 import browser
 import nbformat
 import papermill
-import psutil
 import pytest
-from polling import until
-from smoke_runs import comparable
 
-from lwzlib import pipeline, recipe, report, runs
+from lwzlib import pipeline, recipe, report
 from lwzlib.evaluate import arena, judges
 
 ROOT = Path(__file__).resolve().parent.parent
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # how many share the work changes the last digits
 
 
 def lwz(*words, **kwargs):
@@ -30,27 +24,10 @@ def lwz(*words, **kwargs):
 
 @pytest.fixture(scope="module")
 def smoke_run(smoke, tmp_path_factory):
-    """Two notebooks at a time, interrupted while both ran, and started again."""
     folder = tmp_path_factory.mktemp("runs") / "smoke"
-    command = [sys.executable, "-m", "lwzlib.cli", "run", "smoke", "--jobs", "2", "--run-dir", str(folder)]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD)
-    until(lambda: len(kernels(started.pid)) == 2 and (folder / "cold-start" / "status.json").exists(), "two notebooks", 240)
-    all_of_it = psutil.Process(started.pid).children(recursive=True)
-    started.send_signal(signal.SIGINT)
-    said = started.communicate(timeout=90)[0]
-    assert started.returncode == runs.INTERRUPTED and "the same command goes on" in said, said[-2000:]
-    until(lambda: not any(process.is_running() for process in all_of_it), "the end of all that it started")
-    done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD)
+    done = lwz("run", "smoke", "--run-dir", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
-
-
-def kernels(pid: int) -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process(pid).children():
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            found += [child] * ("ipykernel_launcher" in child.cmdline())
-    return found
 
 
 def test_run_leaves_every_notebook_executed_and_a_page(smoke_run, smoke):
@@ -84,21 +61,6 @@ def test_first_error_names_the_cell_and_stops(smoke, tmp_path):
     assert done.returncode == 1
     assert "stopped in cell" in done.stderr and "model folder /no/such/model does not exist" in done.stderr
     assert not (tmp_path / "notebooks" / "02_reward_design.ipynb").exists()
-
-
-def test_side_by_side_makes_what_one_stage_after_the_other_makes(smoke_run, smoke, tmp_path):
-    done = lwz("stage", "samples-after", "smoke", "--arm", "base-think", "--run-dir", tmp_path, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
-    made = [(path.relative_to(tmp_path), runs.read_rows(path)) for path in sorted(tmp_path.rglob("*.jsonl"))]
-    assert {"metrics", "scores", "completions", "samples"} <= {path.stem for path, rows in made if rows}
-    for path, rows in made:
-        assert comparable(rows) == comparable(runs.read_rows(smoke_run / path)), path
-
-
-def test_an_error_interrupts_what_runs_beside(smoke, tmp_path):
-    done = lwz("run", "smoke", "--jobs", "2", "--run-dir", tmp_path, "-s", "model.name=/no/such/model")
-    assert done.returncode == 1 and "stopped in cell" in done.stderr
-    assert "model folder /no/such/model does not exist" in done.stderr
 
 
 def test_queries_that_are_not_there_are_refused_before_anything_runs(tmp_path):
