@@ -78,13 +78,14 @@ def test_the_real_model_trains_with_grpo(nano, tmp_path):
 def test_a_model_to_spread_lies_where_accelerate_puts_it(smoke, monkeypatch):
     """On all GPUs where a process has several to itself, not where each is a process's own; and it writes from there."""
     asked, real = [], transformers.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, device_map, **more: (
         asked.append(device_map), real(*args, device_map={"": "cpu"}, **more))[1])
-    model, tokenizer = models.load(smoke.model.name, "float32", "eager", spread=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        model, tokenizer = models.load(smoke.model.name, "float32", "eager", spread=True)
+        models.load(smoke.model.name, "float32", "eager")
+        patch.setenv("RANK", "0")
+        models.load(smoke.model.name, "float32", "eager", spread=True)
+    assert asked == ["auto", None, None] and model.hf_device_map
     (_, text, _), = completions(model, tokenizer, ["x"], Sampling(temperature=1, top_p=1, max_new_tokens=3), 1, 0)
-    assert model.hf_device_map and len(text) <= 12
-    models.load(smoke.model.name, "float32", "eager")
-    monkeypatch.setenv("RANK", "0")
-    models.load(smoke.model.name, "float32", "eager", spread=True)
-    assert asked == ["auto", None, None]
+    assert len(text) <= 12
