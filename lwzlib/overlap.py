@@ -154,17 +154,22 @@ def _first_match(i, bands, buckets, grams, near_duplicate) -> int | None:
 
 
 def _signatures(passages: list[str]) -> tuple[Callable[[int], frozenset], list[list[int]]]:
-    """The n-gram hashes of a passage, as a function of its index (few are ever asked for), and a key per band for each."""
-    hashes, keys = [], []
+    """The n-gram hashes of a passage, as a function of its index (few are ever asked for), and of its keys, one a band,
+    those that another passage has too: in an honest text nearly none. Buckets for the others would cost more than all the rest."""
+    hashes, keys = [], [np.zeros((0, _BANDS), dtype=np.uint64)]
     for start in range(0, len(passages), _CHUNK_PASSAGES):
         some, lengths = _gram_hashes(passages[start : start + _CHUNK_PASSAGES])
         ends = np.cumsum(lengths)
         hashes += [some[a:b] for a, b in zip(ends - lengths, ends, strict=True)]
-        keys += _band_keys(some, ends - lengths)
-    return functools.cache(lambda i: frozenset(hashes[i].tolist())), keys
+        keys.append(_band_keys(some, ends - lengths))
+    whole = np.concatenate(keys)
+    _, which, counts = np.unique(whole, return_inverse=True, return_counts=True)
+    shared = (counts > 1)[which].reshape(whole.shape)
+    met = [row[mask].tolist() for row, mask in zip(whole, shared, strict=True)]
+    return functools.cache(lambda i: frozenset(hashes[i].tolist())), met
 
 
-def _band_keys(hashes: np.ndarray, starts: np.ndarray) -> list[list[int]]:
+def _band_keys(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
     minima = np.empty((_BANDS * _ROWS, len(starts)), dtype=np.uint32)
     short = (hashes >> np.uint64(32)).astype(np.uint32)
     for k, multiplier in enumerate(_MULTIPLIERS):
@@ -175,7 +180,7 @@ def _band_keys(hashes: np.ndarray, starts: np.ndarray) -> list[list[int]]:
     for row in minima.reshape(_BANDS, _ROWS, -1).transpose(1, 2, 0):
         keys = (keys + row) * _MIX
         keys ^= keys >> np.uint64(32)
-    return (keys * np.uint64(_BANDS) + _BAND).tolist()
+    return keys * np.uint64(_BANDS) + _BAND
 
 
 def _gram_hashes(passages: list[str]) -> tuple[np.ndarray, np.ndarray]:
