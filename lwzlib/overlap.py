@@ -155,7 +155,7 @@ def _first_match(i, bands, buckets, grams, near_duplicate) -> int | None:
 
 def _signatures(passages: list[str]) -> tuple[Callable[[int], frozenset], list[list[int]]]:
     """The n-gram hashes of a passage, as a function of its index (few are ever asked for), and of its keys, one a band,
-    those that another passage has too: in an honest text nearly none. Buckets for the others would cost more than all the rest."""
+    those that another passage has too: in an honest text nearly none. Buckets for the others would cost more than the rest."""
     hashes, keys = [], [np.zeros((0, _BANDS), dtype=np.uint64)]
     for start in range(0, len(passages), _CHUNK_PASSAGES):
         some, lengths = _gram_hashes(passages[start : start + _CHUNK_PASSAGES])
