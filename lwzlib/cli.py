@@ -48,15 +48,16 @@ def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = N
 @app.command()
 def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None,
           arm: Annotated[str, typer.Option(help="For the stages of an arm.")] = ""):
-    """Do one stage here, after those it needs: cold-start, writing-rm, corpus, distil, pack, pretrain; of an arm:
-    samples-before, grpo or sft, samples-during, samples-after. Recipe `-` is read as JSON."""
+    """Do one stage here (or several: a,b), after those it needs: cold-start, writing-rm, corpus, distil, pack, pretrain; of an
+    arm: samples-before, grpo or sft, samples-during, samples-after. Recipe `-` is read as JSON."""
     from lwzlib import distributed, launch
 
     launch.end_with_parent()
     loaded = recipes.Recipe.model_validate_json(sys.stdin.read()) if recipe == "-" else recipes.load(recipe, sets)
     try:
         with _resumable():
-            launch.run_stage(name, loaded, run_dir or launch.run_folder(loaded, seed), seed, arm)
+            for each in name.split(","):
+                launch.run_stage(each, loaded, run_dir or launch.run_folder(loaded, seed), seed, arm)
     except typer.Exit as end:
         distributed.leave(end.exit_code)
         raise

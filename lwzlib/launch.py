@@ -50,8 +50,8 @@ _SPREAD = ("writing-rm", "pretrain", "sft", "grpo")  # the stages that train at 
 _QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 # glibc gives large blocks back to the system at once; every decoding step then asks for them anew.
 # Its OpenMP threads spin while they wait: a short while is enough, and leaves the cores to others.
-_LIBC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26),
-         "GOMP_SPINCOUNT": "10000"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26),
+          "GOMP_SPINCOUNT": "10000"}
 
 
 def run_folder(recipe: Recipe, seed: int) -> Path:
@@ -212,12 +212,25 @@ def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "
                  if name in ("cold-start", "pretrain")] or [run.recipe.model.name]
         with contextlib.ExitStack() as around:
             before, env = around.enter_context(serving.ready(stage, recipe, run.folder, start[0])) if spread else ([], {})
-            _stream(before + _command(stage, recipe, Path(root), seed, arm, run.folder), env, run)
+            _stream(before + _command(stage, recipe, Path(root), seed, arm, run.folder), env, [run])
     return run
 
 
+def launch_arm(recipe: Recipe, root: str | Path, seed: int, arm: str) -> dict[str, Run]:
+    """`launch` of all stages of an arm (`arm_stages`), by name. As a subprocess they share one: each start costs seconds."""
+    runs = {stage: stage_run(stage, recipe, root, seed, arm) for stage in arm_stages(recipe, arm)}
+    todo = [stage for stage, run in runs.items() if not run.finished]
+    if todo and recipe.launch == "subprocess":
+        command = _command(",".join(todo), recipe, Path(root), seed, arm, runs[todo[0]].folder)
+        _stream(command, {}, [runs[stage] for stage in todo])
+    else:
+        for stage in runs:
+            launch(stage, recipe, root, seed, arm)
+    return runs
+
+
 def _command(stage: str, recipe: Recipe, root: Path, seed: int, arm: str, folder: Path) -> list[str]:
-    """Do the stage, in a process of its own; the recipe lies in the run's folder, which all nodes see."""
+    """Do the stage, or several (a,b), in a process of its own; the recipe lies in the run's folder, which all nodes see."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("logs/failed-*.json"):
         old.unlink()
@@ -226,10 +239,11 @@ def _command(stage: str, recipe: Recipe, root: Path, seed: int, arm: str, folder
             str(root.resolve()), "--seed", str(seed), *(["--arm", arm] if arm else [])]
 
 
-def _stream(command: list[str], env: dict, run: Run) -> None:
+def _stream(command: list[str], env: dict, runs: list[Run]) -> None:
+    """Do what the command does for these runs, one after the other."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | _LIBC | _QUIET | {"LWZ_END_WITH": str(os.getpid())} | env)
+        env=os.environ | MALLOC | _QUIET | {"LWZ_END_WITH": str(os.getpid())} | env)
     assert process.stdout
     last: list[str] = []
     try:
@@ -242,6 +256,7 @@ def _stream(command: list[str], env: dict, run: Run) -> None:
     finally:
         process.stdout.close()
         code = process.wait()
+    run = next((run for run in runs if not run.finished), runs[-1])  # where it stopped
     failed = distributed.failure(run.folder / "logs")
     if code == INTERRUPTED and not failed:
         raise Interrupted(f"the stage was asked to stop, and did after step {run.status.get('checkpoint_step', 0)}; the same "

@@ -88,6 +88,8 @@ def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False,
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    from lwzlib.decoding import speed_up
+
     path, words = resolve(name), tokenizer(name, trust_remote_code)
     logging.disable_progress_bar()
     try:
@@ -103,6 +105,8 @@ def load(name: str, dtype: str, attention: str, trust_remote_code: bool = False,
     model.config.pad_token_id = words.pad_token_id
     if not spread:
         model.to("cuda" if scorer and torch.cuda.is_available() else "cpu")
+    if not scorer:
+        speed_up(model)
     return model.eval(), words
 
 

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from killing import at_step, killed_then_finished
+from smoke_runs import COMMON
 from trl import GRPOTrainer
 
 from lwzlib import recipe
 from lwzlib.grpo import trainer
-from lwzlib.launch import launch, run_stage, stage_run
+from lwzlib.launch import arm_stages, launch, launch_arm, run_stage, stage_run
 from lwzlib.runs import RunError
 
 ARM = "base-think"
@@ -138,3 +139,27 @@ def test_failed_stage_shows_its_last_lines(smoke, tmp_path):
     r = recipe.load("smoke", "launch=subprocess model.name=/no/such/model")
     with pytest.raises(RunError, match="model folder /no/such/model does not exist"):
         launch("grpo", r, tmp_path, 0, ARM)
+
+
+def test_stages_of_an_arm_share_a_process_and_only_what_is_missing_is_done(smoke, tmp_path, capfd):
+    r = recipe.load("smoke", COMMON, "launch=subprocess grpo.steps=2 evaluation.every_steps=1")
+    runs = launch_arm(r, tmp_path, 0, ARM)
+    assert list(runs) == ["samples-before", "grpo", "samples-during", "samples-after"]
+    assert all(run.finished for run in runs.values())
+    assert len({run.status["pid"] for run in runs.values()}) == 1
+    (runs["samples-after"].folder / "status.json").unlink()
+    capfd.readouterr()
+    again = launch_arm(r, tmp_path, 0, ARM)
+    assert again["samples-after"].finished and "step 1/2" not in capfd.readouterr().out
+    launch_arm(r, tmp_path, 0, ARM)
+    assert capfd.readouterr().out.count("already done") == 4
+
+
+def test_a_later_stage_that_fails_in_the_shared_process_is_named_and_the_others_stay(smoke, tmp_path):
+    r = recipe.load("smoke", COMMON, "launch=subprocess grpo.steps=1 evaluation.every_steps=0")
+    (tmp_path / ARM / "samples-after").mkdir(parents=True)
+    (tmp_path / ARM / "samples-after" / "samples.jsonl").mkdir()  # where rows should go
+    with pytest.raises(RunError, match=r"samples\.jsonl"):
+        launch_arm(r, tmp_path, 0, ARM)
+    states = {stage: stage_run(stage, r, tmp_path, 0, ARM).status.get("state") for stage in arm_stages(r, ARM)}
+    assert states == {"samples-before": "finished", "grpo": "finished", "samples-after": "failed"}

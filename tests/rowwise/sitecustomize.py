@@ -9,6 +9,7 @@ import sys
 if "lwzlib.cli" in sys.orig_argv and "lwzlib.distributed" not in sys.orig_argv:
     import torch
 
+    from lwzlib import decoding
     from lwzlib.grpo import LongWriterGRPOTrainer
 
     at = {"step": -1, "token": 0}
@@ -30,4 +31,4 @@ if "lwzlib.cli" in sys.orig_argv and "lwzlib.distributed" not in sys.orig_argv:
         finally:
             at["step"] = -1
 
-    torch.multinomial, LongWriterGRPOTrainer._generate_single_turn = draw, generate_rowwise
+    decoding._multinomial, LongWriterGRPOTrainer._generate_single_turn = draw, generate_rowwise
