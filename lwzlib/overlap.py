@@ -128,9 +128,10 @@ def grams_of(passage: str) -> frozenset:
 def _lexical(own: list[str], near_duplicate: float, earlier: list[str]) -> dict[int, int]:
     grams, signatures = _signatures(earlier + own)
     buckets: dict[int, list[int]] = {}
-    duplicates = {}
-    for i, bands in enumerate(signatures):
-        first = _first_match(i, bands, buckets, grams, near_duplicate)
+    duplicates, met = {}, {}  # met: what a passage repeats, or its own index; an exact copy need not be compared
+    for i, (passage, bands) in enumerate(zip(earlier + own, signatures, strict=True)):
+        first = met[passage] if passage in met else _first_match(i, bands, buckets, grams, near_duplicate)
+        met.setdefault(passage, i if first is None else first)
         if i >= len(earlier) and first is not None:
             duplicates[i - len(earlier)] = first - len(earlier)
         elif first is None:

@@ -138,11 +138,13 @@ def count_passages(text: str) -> list[tuple[str, int]]:
     """Each passage with its number of words, for the price of one reading."""
     passages = []
     for sentence in _SENTENCE.findall(text):
-        starts = [word.start() for word in _word_in(sentence).finditer(sentence)]
+        words = len(_word_in(sentence).findall(sentence))
+        long = words > _LONGEST_PASSAGE_WORDS
+        starts = [word.start() for word in _word_in(sentence).finditer(sentence)] if long else []
         cuts = [0, *starts[_LONGEST_PASSAGE_WORDS::_LONGEST_PASSAGE_WORDS], len(sentence)]
         for n, (a, b) in enumerate(itertools.pairwise(cuts)):
             if passage := sentence[a:b].strip():
-                passages.append((passage, min(_LONGEST_PASSAGE_WORDS, len(starts) - n * _LONGEST_PASSAGE_WORDS)))
+                passages.append((passage, min(_LONGEST_PASSAGE_WORDS, words - n * _LONGEST_PASSAGE_WORDS)))
     return passages
 
 
