@@ -25,13 +25,11 @@ def distil(recipe: Recipe, run: Run, model_name: str, writing_rm: str = "") -> P
     """
     if run.finished:
         return run.folder
-    from lwzlib import train
-
     asked, arm = recipe.cot, recipe.arm(recipe.cot.arm)
     with run.work():
         queries = data.load(recipe.data.train, recipe.data.languages)
         chosen = random.Random(run.seed).sample(queries, min(asked.queries, len(queries)))
-        rows = generate.scored(recipe, run, "completions", train.load(recipe, model_name, spread=True), writing_rm,
+        rows = generate.scored(recipe, run, "completions", generate.Policy(model_name), writing_rm,
                                [q for q in chosen for _ in range(asked.completions_per_query)], arm.prompt,
                                recipe.grpo.sampling, asked.batch_completions, [TAGS[arm.prompt][-1]])
         best, left_out = choose(recipe, rows)

@@ -14,7 +14,7 @@ from lwzlib import distributed, sizes
 from lwzlib import recipe as recipes
 from lwzlib.estimate import Plan, plan, problems, slots, training_memory, writing_memory
 from lwzlib.simulate import decode_s, micro_s, step
-from lwzlib.sizes import GPUS, SHAPES, c
+from lwzlib.sizes import GPUS, SHAPES, c, shape
 
 
 def planned(recipe: str, sets=None, nodes: int | None = None, gpus: int | None = None, gpu: str = "h800",
@@ -131,25 +131,27 @@ def stages_table() -> list[dict]:
         each = micro_s(whole, sequence - c("prompt_tokens"), 4)
         return tokens / sequence / whole.training_gpus * each / 3600
 
-    def written_h(completions: int, batch: int, tokens: int) -> float:
-        return -(-completions // batch) * tokens * decode_s(whole, batch, tokens / 2) / 3600
+    def written_h(completions: float, tokens: float) -> float:
+        return completions * tokens / (copies * places) * decode_s(p, places, tokens / 2) / 3600
 
+    copies, places, judge = p.gpus // r.vllm.tensor_parallel, slots(p), shape(r.writing_rm.model)
     distilled = r.cot.queries * r.cot.completions_per_query
-    distil_h = written_h(distilled, r.cot.batch_completions, r.grpo.sampling.max_new_tokens)
-    copies, places = p.gpus // r.vllm.tensor_parallel, slots(p)
-    vllm_h = distilled * p.mean_tokens / (copies * places) * decode_s(p, places, p.mean_tokens / 2) / 3600
-    samples_h = written_h(r.samples.queries, r.samples.batch_completions, r.samples.sampling.max_new_tokens)
+    scored_h = judge.flops(distilled * p.mean_tokens, p.mean_tokens / 2, 1) / (p.gpu.flops * c("prefill_flops_share")) / 3600
+    longest = r.samples.sampling.max_new_tokens
+    samples_h = longest * decode_s(p, -(-r.samples.queries // copies), longest / 2) / 3600
     rows = [
         ("writing-rm", "8 x 8", "unknown", "the number of pairs is not published", "ZeRO-3, by launch: slurm"),
         ("corpus", "CPU nodes", "unknown", "the size of the raw corpus is not published", "Slurm job arrays"),
         ("grpo, each of 3 arms", f"{p.nodes[0]} + {p.nodes[1]} vLLM, 8 GPUs each",
          f"{grpo.seconds * r.grpo.steps / 3600:.0f} h", grpo.bound.name, "launch: slurm; not run on GPUs yet"),
-        ("distil", "1 x 8", f"{distil_h:.0f} h", "one process with transformers, its model over the GPUs",
-         f"impractical at this size: vLLM on {copies} copies would take {vllm_h:.0f} h, and is not built"),
+        ("distil", "8 x 8 vLLM, then 1 x 8", f"{written_h(distilled, p.mean_tokens):.0f} h and {scored_h:.0f} h",
+         f"the Writing RM: one process, a layer after the other over its GPUs, {distilled:,} completions",
+         "vLLM on all nodes writes; `cot.completions_per_query` and `cot.queries` shorten both; not run on GPUs yet"),
         ("pretrain", "8 x 8", f"{forward_backward_h(r.pretrain.tokens, r.pretrain.sequence_tokens) / 24:.1f} days",
          "arithmetic of 30e9 tokens", "ZeRO-3, by launch: slurm; not run on GPUs yet"),
         ("sft, each of 2 arms", "8 x 8", "unknown", "tokens of LongWriter-6k: not counted here", "ZeRO-3, by launch: slurm"),
-        ("samples, each", "1 x 8", f"{samples_h:.1f} h", "the length of the longest", "as distil; not run on GPUs yet")]
+        ("samples, each", "8 x 8 vLLM, then 1 x 8", f"{60 * samples_h:.0f} min, and loading", "the longest completion",
+         "as distil; not run on GPUs yet")]
     return [dict(zip(("stage", "nodes x GPUs", "time", "bound by", "in this kit"), row, strict=True)) for row in rows]
 
 

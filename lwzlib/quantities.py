@@ -288,7 +288,8 @@ class Distributed(Section):
 
 
 class Vllm(Section):
-    """Who writes the completions of GRPO: transformers in the trainer, or vLLM beside it or on nodes of its own."""
+    """Who writes the completions of GRPO: transformers in the trainer, or vLLM beside it or on nodes of its own. With
+    `server`, vLLM on all nodes also writes for `distil` and for the samples of an arm."""
 
     mode: Literal["none", "colocate", "server"]
     nodes: Count  # for `server`: so many of distributed.nodes, the last ones

@@ -1,13 +1,16 @@
-"""vLLM for GRPO: colocated with the trainer, or as servers on nodes of their own, as TRL 1.16 wants them.
+"""vLLM for GRPO: colocated with the trainer, or as servers on nodes of their own, as TRL 1.16 wants them; and, where the recipe
+has servers, on all nodes for the stages that only write.
 
 TRL talks to one `vllm serve`, so the servers' nodes form one: the first answers HTTP, the others are headless, and each copy
 of the model is a data-parallel rank of it; TRL's rank 0 broadcasts new weights to all of them over NCCL. The server listens
 on its node's own name and, because weights must come in, with vLLM's development endpoints: inside an allocation only.
 
-On CPU vLLM cannot take new weights, so here its commands, the waiting and the stopping are tested, and GRPO with it is not.
+On CPU vLLM cannot take new weights: here what it writes for a stage is tested, and of GRPO its commands, the waiting and the
+stopping.
 """
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import time
@@ -19,8 +22,10 @@ from lwzlib import distributed
 from lwzlib.recipe import Recipe
 from lwzlib.runs import RunError
 
-_URL, _PORT = "LWZ_VLLM_URL", "LWZ_VLLM_PORT"  # what the servers tell the ranks
+URL, _PORT = "LWZ_VLLM_URL", "LWZ_VLLM_PORT"  # what the servers tell the ranks
 _POLL_S = 0.5
+_TRAINS = ["--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
+_WRITES = ["--generation-config", "vllm"]  # not the model's own: the recipe says how completions are drawn
 
 
 @contextlib.contextmanager
@@ -37,36 +42,42 @@ def ready(stage: str, recipe: Recipe, folder: Path, model: str) -> Iterator[tupl
         yield distributed.agents(at, logs), env
 
 
-def commands(recipe: Recipe, at: distributed.World, model: str) -> list[list[str]]:
-    """`vllm serve` for each server node, the one that answers HTTP first."""
+def everywhere(recipe: Recipe) -> distributed.World:
+    """vLLM on all nodes of the recipe: nobody trains meanwhile. Raises RunError outside an allocation that is large enough."""
+    at = distributed.world(recipe)
+    return dataclasses.replace(at, hosts=at.hosts[:1], servers=at.hosts)
+
+
+def commands(recipe: Recipe, at: distributed.World, model: str, trains: bool = True) -> list[list[str]]:
+    """`vllm serve` for each server node, the one that answers HTTP first; it takes new weights if a model `trains`."""
     vllm, head = recipe.vllm, at.servers[0]
     local = recipe.distributed.processes // vllm.tensor_parallel
     common = [
         "vllm", "serve", model, "--host", head, "--port", str(at.port + 3), "--dtype", recipe.model.dtype,
         "--tensor-parallel-size", str(vllm.tensor_parallel), "--gpu-memory-utilization", str(vllm.memory_share),
         "--data-parallel-size", str(local * len(at.servers)), "--data-parallel-size-local", str(local),
-        "--data-parallel-address", head, "--data-parallel-rpc-port", str(at.port + 4),
-        "--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1",
+        "--data-parallel-address", head, "--data-parallel-rpc-port", str(at.port + 4), *(_TRAINS if trains else _WRITES),
         *["--trust-remote-code"] * recipe.model.trust_remote_code]
     return [common + (["--headless", "--data-parallel-start-rank", str(node * local)] if node else [])
             for node in range(len(at.servers))]
 
 
 @contextlib.contextmanager
-def serve(recipe: Recipe, at: distributed.World, logs: Path, model: str) -> Iterator[dict]:
+def serve(recipe: Recipe, at: distributed.World, logs: Path, model: str, trains: bool = True) -> Iterator[dict]:
     """Start the servers, wait until they answer, yield what the ranks need to know, stop them. Raises RunError with the
     end of a server's log if it dies or does not answer within `distributed.start_s`."""
+    logs.mkdir(parents=True, exist_ok=True)
     url, running = f"http://{at.servers[0]}:{at.port + 3}", []
     try:
-        for host, command in zip(at.servers, commands(recipe, at, model), strict=True):
+        for host, command in zip(at.servers, commands(recipe, at, model, trains), strict=True):
             log = logs / f"vllm-{host}.log"
             with log.open("wb") as file:
                 running.append((log, subprocess.Popen(
                     [*(distributed.srun([host]) if at.slurm else []), *command], stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=subprocess.STDOUT, env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"})))
+                    stderr=subprocess.STDOUT, env=os.environ | ({"VLLM_SERVER_DEV_MODE": "1"} if trains else {}))))
         _wait(url, running, recipe.distributed.start_s)
         print(f"vLLM answers at {url}, {len(at.servers)} nodes", flush=True)
-        yield {_URL: url, _PORT: str(at.port + 2)}
+        yield {URL: url, _PORT: str(at.port + 2)}
     finally:
         for _, process in running:
             process.terminate()
@@ -101,7 +112,7 @@ def arguments(recipe: Recipe) -> dict:
     if vllm.mode == "colocate":
         return {"use_vllm": True, "vllm_mode": "colocate", "vllm_tensor_parallel_size": vllm.tensor_parallel,
                 "vllm_gpu_memory_utilization": vllm.memory_share, "vllm_enable_sleep_mode": vllm.sleep}
-    if _URL not in os.environ:
+    if URL not in os.environ:
         raise RunError("vllm.mode is server, and no server was started: start the stage with lwzlib.launch.launch")
-    return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": os.environ[_URL],
+    return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": os.environ[URL],
             "vllm_group_port": int(os.environ[_PORT]), "vllm_server_timeout": float(recipe.distributed.start_s)}

