@@ -23,7 +23,7 @@ setup: $(VENV)/.ready model  ## virtual environment and embedded model (a few mi
 model: $(VENV)/.ready
 	@$(BIN)/lwz prepare
 
-reproduce: setup  ## think against no-think on a real small model, to runs/$(RECIPE)/report.html
+reproduce: setup  ## five arms on a real small model, with a report: runs/$(RECIPE)/report.html
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/lwz run $(RECIPE) --seed $(SEED)
 
 test: setup  ## all tests: real training, resume, notebooks, the page in a browser

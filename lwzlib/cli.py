@@ -66,11 +66,15 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
 
 @app.command()
 def status(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
-    """The arms and stages of a run: what is done, running, to do, and how long each took."""
+    """The arms and stages of a run: what is done, running, to do, and how long each took. RECIPE may be a run folder, of which
+    it shows what was started."""
     from lwzlib import launch, pipeline
 
+    if Path(recipe).is_dir():
+        return pipeline.show(Path(recipe), launch.found(recipe))
     loaded = recipes.load(recipe, sets)
-    pipeline.show(loaded, run_dir or launch.run_folder(loaded, seed), seed)
+    folder = run_dir or launch.run_folder(loaded, seed)
+    pipeline.show(folder, launch.overview(loaded, folder, seed))
 
 
 @app.command()
@@ -96,7 +100,8 @@ def show_recipe(name: str, sets: Overrides = None):
     loaded = recipes.load(name, sets)
     here, paper = (recipes.flatten(r.model_dump(exclude={"arms"})) for r in (loaded, recipes.load("paper")))
     marks = recipes.marks()
-    table = Table(Column("quantity", no_wrap=True), "here", "paper", "", "note", title=f"recipe {name}")
+    table = Table(Column("quantity", no_wrap=True), *(Column(each, overflow="fold") for each in ("here", "paper")), "", "note",
+                  title=f"recipe {name}")
     for key, value in here.items():
         mark, note = marks.get(key, ("", ""))
         published = paper.get(key)
@@ -129,7 +134,7 @@ def prepare(tiny: Annotated[bool, typer.Option(help="Only the random model for t
     for name in (models.TINY,) if tiny else models.PARTS:
         known = models.is_prepared(name)
         folder = models.prepare(name, lambda line: out.print(f"  {line}", highlight=False))
-        out.print(f"{name}: {'already in' if known else 'made in'} {folder}", highlight=False)
+        out.print(f"{name}: {'already in' if known else 'made in'} {folder}", highlight=False, soft_wrap=True)
 
 
 @app.command()

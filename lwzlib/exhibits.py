@@ -39,7 +39,8 @@ class Exhibit(NamedTuple):
 
 
 _ARENA = ("Here: the embedded arena. The judge is the Writing RM that the arms were trained on, so it shows what they learnt, "
-          "not how well they write; Elo is Bradley-Terry by maximum likelihood, the no-think arm before RL stands at 1000.")
+          "not how well they write; Elo is Bradley-Terry by maximum likelihood; the no-think arm before RL stands at 1000, or "
+          "else the first by name.")
 _UNKNOWN = "The paper's scores are not in this kit's sources."
 EXHIBITS = {exhibit.name: exhibit for exhibit in (
     Exhibit("figure_1", "Figure 1 · Headline scores", paper_figures.figure_1, 2.9,

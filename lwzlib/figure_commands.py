@@ -37,6 +37,10 @@ def export(run_dirs: list[Path],
     table = pd.concat([draw.run_table(folder) for folder in run_dirs], ignore_index=True)
     if table.empty:
         raise typer.BadParameter(f"no GRPO rows in {', '.join(map(str, run_dirs))}")
+    if (twice := table[table.duplicated(["arm", "seed", "step"])]).size:
+        raise typer.BadParameter(f"arm {twice.arm.iloc[0]}, seed {twice.seed.iloc[0]} is in two of these runs, and a table "
+                                 "holds one: export them one by one, each --to a file of its own")
+    to.parent.mkdir(parents=True, exist_ok=True)
     texts = ["type", "query", "word_range", "completion"]  # these stay in the run folder
     held_out = pd.concat([draw.held_out_table(folder, during=True) for folder in run_dirs], ignore_index=True)
     held_out = held_out.drop(columns=texts, errors="ignore").astype({"step": "Int64"})

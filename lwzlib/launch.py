@@ -7,6 +7,7 @@ Of an arm: samples before, then GRPO or SFT, then samples of the policy during G
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -160,20 +161,31 @@ def arm_stages(recipe: Recipe, arm: str) -> list[str]:
     return ["samples-before", recipe.arm(arm).algorithm, *["samples-during"] * during, "samples-after"]
 
 
-def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
-    """Each stage of the recipe, in an order in which they can be done: where, state, step of how many, seconds."""
+def places(recipe: Recipe) -> list[tuple[str, str]]:
+    """(arm, or "" where it is shared, stage) of the whole recipe, in an order in which they can be done."""
     wanted = ["cold-start"] if recipe.cold_start.queries else []
     wanted += ["writing-rm"] if _writing_rm(recipe, lambda stage: stage) else []
     pretrained = any(arm.start == "continual-pretrain" for arm in recipe.arms.values())
     wanted += ["corpus"] * pretrained + ["distil"] * any(map(recipe.takes_cot, recipe.arms))
     wanted += ["pack", "pretrain"] * pretrained
-    places = [("", stage) for stage in wanted] + [(name, stage) for name in recipe.arms for stage in arm_stages(recipe, name)]
-    rows = []
-    for arm, stage in places:
-        status = stage_run(stage, recipe, root, seed, arm).status
-        rows.append({"arm": arm or "all arms", "stage": stage, "state": status.get("state", "to do"),
-                     "step": status.get("step"), "of": status.get("total"), "seconds": status.get("wall_s")})
-    return rows
+    return [("", stage) for stage in wanted] + [(name, stage) for name in recipe.arms for stage in arm_stages(recipe, name)]
+
+
+def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
+    """Each of the recipe's `places`: arm, stage, state, step of how many, seconds."""
+    return [_row(arm, stage, stage_run(stage, recipe, root, seed, arm).status) for arm, stage in places(recipe)]
+
+
+def found(root: str | Path) -> list[dict]:
+    """The same of the stages that were started in a run folder, the oldest first."""
+    paths = sorted(Path(root).glob("**/status.json"), key=lambda path: (path.parent / "recipe.yaml").stat().st_mtime)
+    names = [path.parent.relative_to(root).parts for path in paths]
+    return [_row("/".join(arm), stage, json.loads(path.read_text())) for path, (*arm, stage) in zip(paths, names, strict=True)]
+
+
+def _row(arm: str, stage: str, status: dict) -> dict:
+    return {"arm": arm or "all arms", "stage": stage, "state": status.get("state", "to do"), "step": status.get("step"),
+            "of": status.get("total"), "seconds": status.get("wall_s")}
 
 
 def needs(stage: str, recipe: Recipe, arm: str = "") -> list[tuple[str, str]]:

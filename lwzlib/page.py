@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from lwzlib import claims, exhibits, figures, report
+from lwzlib.recipe import flatten
 from lwzlib.results import FIGURES, Tables
 from lwzlib.runs import read_rows, write_atomic
 
@@ -23,7 +25,7 @@ def write(tables: Tables, folder: Path, runs: Path = Path("runs")) -> Path:
     for run in found:
         run["completions"], run["left_out"] = completions(run["folder"], budget) if run["folder"] else ([], 0)
     entries = claims.ledger(claims.load(FIGURES / "claims.yaml"), tables)
-    data = [{name: run[name] for name in ("name", "about", "curves", "means")} for run in found]
+    data = [{name: run[name] for name in ("name", "about", "curves", "means", "asked")} for run in found]
     page = report.template("page.html.j2").render(
         settings=[(setting, _shown(tables.of(setting), setting)) for setting in exhibits.settings(tables)],
         entries=[(entry, claims.reason(entry)) for entry in entries], rule=claims.__doc__.partition("\n\n")[2], runs=found,
@@ -57,24 +59,38 @@ def spans(row: tuple) -> list[tuple[str, int]]:
 
 def run_list(tables: Tables, runs: Path) -> list[dict]:
     """A row an arm and seed of each setting, and of each run folder that is not committed: name, where it comes from,
-    curves and means for the comparison, and its folder on this machine (None if it is elsewhere)."""
-    here = {json.loads(path.read_text()).get("fingerprint"): path.parent.parent
-            for path in sorted(Path(runs).glob("*/*/*/status.json"))}
+    curves and means for the comparison, and its folder on this machine (None if it is elsewhere), by fingerprint and commit:
+    another commit may draw other samples."""
+    here = {_mark(path.parent): path.parent.parent for path in sorted(Path(runs).glob("*/*/*/provenance.json"))}
     found, committed = [], set()
     groups = [(setting, tables.of(setting).rl, tables.of(setting).held_out) for setting in tables.settings]
     for setting, rl, held_out in groups:
         for arm, seed in sorted({*zip(rl.arm, rl.seed, strict=True), *zip(held_out.arm, held_out.seed, strict=True)}):
             run = _run(setting, arm, seed, rl, held_out)
-            committed |= run["fingerprints"]
-            run["folder"] = next((here[mark] for mark in sorted(run["fingerprints"]) if mark in here), None)
+            committed |= run["marks"]
+            run["folder"] = next((here[mark] for mark in sorted(run["marks"]) if mark in here), None)
             found.append(run)
     for folder in sorted(path for path in Path(runs).glob("*") if path.is_dir()):
         rl, held_out = figures.run_table(folder), figures.held_out_table(folder)
         for arm, seed in sorted({*zip(rl.arm, rl.seed, strict=True), *zip(held_out.arm, held_out.seed, strict=True)}):
             run = _run(f"runs/{folder.name}, not committed", arm, seed, rl, held_out) | {"folder": folder / arm}
-            if not run["fingerprints"] & committed and folder / arm not in [other["folder"] for other in found]:
+            if not run["marks"] & committed and folder / arm not in [other["folder"] for other in found]:
                 found.append(run)
+    for run in found:
+        run["asked"] = _asked(run["folder"]) if run["folder"] else {}
     return found
+
+
+def _mark(stage: Path) -> tuple[str, str]:
+    return tuple(json.loads((stage / file).read_text()).get(name, "")  # type: ignore[return-value]
+                 for file, name in (("status.json", "fingerprint"), ("provenance.json", "commit")))
+
+
+def _asked(arm: Path) -> dict[str, str]:
+    """Every quantity that the stages of an arm depended on, by its dotted name."""
+    stages = sorted(arm.glob("*/recipe.yaml"))
+    return {name: str(value) for stage in stages for name, value in flatten(yaml.safe_load(stage.read_text())).items()
+            if not name.startswith("inputs.")}
 
 
 def _run(setting: str, arm: str, seed: int, rl: pd.DataFrame, held_out: pd.DataFrame) -> dict:
@@ -92,7 +108,7 @@ def _run(setting: str, arm: str, seed: int, rl: pd.DataFrame, held_out: pd.DataF
                       if name in of and of[name].notna().any()}
     return {"name": f"{setting}: {arm}, seed {seed}", "setting": setting, "arm": arm, "seed": int(seed), "steps": len(rl),
             "about": about, "curves": curves, "means": {name: round(float(value), 4) for name, value in means.items()},
-            "fingerprints": {mark for table in known for mark in set(table.fingerprint)}}
+            "marks": {mark for table in known for mark in zip(table.fingerprint, table.commit, strict=True)}}
 
 
 def completions(arm: Path, budget: int) -> tuple[list[dict], int]:

@@ -36,13 +36,13 @@ def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[
     return [*once, *arms, *(Step(name, name, common) for name in compared)]
 
 
-def show(recipe: Recipe, folder: Path, seed: int) -> None:
-    """Print the arms and stages: what is done, running, to do, and how long each took."""
+def show(folder: Path, rows: list[dict]) -> None:
+    """Print the arms and stages (rows of `launch.overview`): what is done, running, to do, and how long each took."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("arm", "stage", "state", "step", "seconds", title=str(folder), box=None)
-    for row in launch.overview(recipe, folder, seed):
+    for row in rows:
         step = f"{row['step']}/{row['of']}" if row["of"] else ""
         table.add_row(row["arm"], row["stage"], row["state"], step, f"{row['seconds']:.0f}" if row["seconds"] else "",
                       style={"finished": "green", "to do": "dim"}.get(row["state"], "bold"))
@@ -50,11 +50,14 @@ def show(recipe: Recipe, folder: Path, seed: int) -> None:
 
 
 def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str]) -> Path:
-    """Execute what is not done yet and write the report. Raises RunError at the first failing cell."""
+    """Execute what is not done yet and write the report. Raises RunError before anything is executed if the folder holds a run
+    of another recipe, else at the first failing cell."""
     from lwzlib import report
 
+    for arm, stage in launch.places(recipe):
+        launch.stage_run(stage, recipe, folder, seed, arm).check()
     os.environ |= launch.MALLOC  # of the kernels: some train a step or score with a model themselves
-    show(recipe, folder, seed)
+    show(folder, launch.overview(recipe, folder, seed))
     executed = folder / "notebooks"
     executed.mkdir(parents=True, exist_ok=True)
     record = executed / "done.json"
@@ -69,7 +72,7 @@ def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[st
         _execute(step, executed / f"{step.output}.ipynb")
         write_atomic(record, json.dumps(done | {step.output: digest}, indent=1))
     page = report.write(folder)
-    show(recipe, folder, seed)
+    show(folder, launch.overview(recipe, folder, seed))
     print(f"done: open {page}")
     return page
 

@@ -18,16 +18,17 @@ from lwzlib.runs import write_rows
 LOOP = "The same sentence stands here again. " * 3
 
 
-def run_folder(folder, fingerprint):
+def run_folder(folder, fingerprint, steps=3, commit=made.ABOUT["commit"]):
     """What `lwz run` leaves of one arm: rows, completions and samples."""
     arm = folder / "base-think"
     for stage in ("grpo", "samples-before", "samples-after"):
         (arm / stage).mkdir(parents=True)
         (arm / stage / "status.json").write_text(json.dumps({"fingerprint": fingerprint, "state": "finished"}))
         (arm / stage / "recipe.yaml").write_text(yaml.safe_dump(
-            {"seed": 0, "model": {"name": "kit:tiny"}, "inputs": {"algorithm": "grpo", "start": "base"}, "grpo": {"steps": 3}}))
+            {"seed": 0, "model": {"name": "kit:tiny"}, "grpo": {"steps": steps},
+             "inputs": {"algorithm": "grpo", "start": "base"}}))
         (arm / stage / "provenance.json").write_text(json.dumps(
-            {"commit": made.ABOUT["commit"], "hardware": "a desk", "versions": {"torch": "9.9"}}))
+            {"commit": commit, "hardware": "a desk", "versions": {"torch": "9.9"}}))
     text = {"completion": f"<think>Plan <script>window.hacked=1</script></think><answer>First a thing. {LOOP}</answer>",
             "answer_words": 21, "think_words": 2, "length": 0.5, "writing": 1.0, "format": 0.4, "truncated": False}
     write_rows(arm / "grpo" / "metrics.jsonl", [{"step": i, "length": 0.1 * i} for i in (1, 2, 3)])
@@ -44,7 +45,9 @@ def shown(tmp_path_factory):
     made.write(root / "rows", rl=made.rl(), held_out=made.held_out())
     made.write(root / "rows", "gpu", rl=made.rl((0,)).assign(fingerprint="f" * 16))
     run_folder(root / "runs" / "gpu", "f" * 16)
-    run_folder(root / "runs" / "mine", "a" * 16)
+    run_folder(root / "runs" / "mine", "a" * 16, steps=5)
+    mark = made.rl().query("arm == 'base-think' and seed == 0").fingerprint.iloc[0]
+    run_folder(root / "runs" / "nano", mark, commit="9" * 40)
     return page.write(results.read(root / "rows"), root / "out", root / "runs")
 
 
@@ -117,18 +120,28 @@ def test_toggles_hide_what_they_name(tab, shown):
 def test_setting_completions_and_comparison(tab, shown):
     tab.open(shown.as_uri())
     tab.js("const s = document.getElementById('setting'); s.selectedIndex = 1; s.onchange()")
-    assert tab.js("document.querySelector('.exhibits:not([hidden])').dataset.setting") == "gpu"
+    tall = "[...document.querySelectorAll('.exhibits')].map(e => [e.dataset.setting, e.offsetHeight > 0])"
+    assert tab.js(tall) == [["nano", False], ["gpu", True]], "one setting at a time, to the eye"
     runs = tab.js("[...document.querySelectorAll('details.run')].map(d => [d.querySelector('summary').textContent,"
                   " d.querySelectorAll('article').length, d.querySelectorAll('mark').length])")
     of = {said.split(" · ")[0]: (articles, marks) for said, articles, marks in runs}
     assert of["gpu: base-think, seed 0"] == (14, 28), "4 completions of 3 steps, 2 samples, each with two repeats"
     assert of["runs/mine, not committed: base-think, seed 0"] == (14, 28) and of["nano: base-think, seed 0"] == (0, 0)
-    assert len(of) == 3 * 3 + 2 * 3 + 3 + 1
+    assert of["runs/nano, not committed: base-think, seed 0"] == (14, 28), "the same fingerprint, but another commit"
+    assert len(of) == 3 * 3 + 2 * 3 + 3 + 2
     assert not tab.js("document.querySelector('.run article details').open"), "the plan is folded"
     text = tab.js("document.getElementById('difference').textContent")
-    assert "first (solid): nano: base-nothink, seed 0" in text and "second less first" in text
-    tab.js("document.getElementById('two').selectedIndex = 3; document.getElementById('two').onchange()")
-    assert tab.js("document.getElementById('difference').textContent") != text
+    assert "first (solid): nano: base-think, seed 0" in text and "second less first" in text, "like beside like"
+    assert "second (dashed): runs/nano, not committed: base-think, seed 0" in text and "its folder is not here" in text
+
+    def choose(which, name):
+        tab.js(f"""(() => {{ const s = document.getElementById('{which}');
+            s.selectedIndex = [...s.options].findIndex(o => o.text === '{name}'); s.onchange() }})()""")
+    choose("one", "gpu: base-think, seed 0")
+    choose("two", "runs/mine, not committed: base-think, seed 0")
+    rows = tab.js("[...document.querySelectorAll('#difference tr')].map(r => [...r.cells].map(c => c.textContent))")
+    assert ["grpo.steps", "3", "5", "differs"] in rows, "what was changed"
+    assert not [row for row in rows if row[0] in ("model.name", "seed")], "what was not changed"
     assert tab.js("document.querySelectorAll('#plot polyline').length") == 2 and not tab.errors
 
 

@@ -11,9 +11,11 @@ import browser
 import nbformat
 import papermill
 import pytest
+from typer.testing import CliRunner
 
-from lwzlib import pipeline, recipe, report
+from lwzlib import cli, launch, pipeline, recipe, report
 from lwzlib.evaluate import arena, judges
+from lwzlib.runs import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +75,32 @@ def test_misspelt_quantity_is_refused_before_anything_runs(tmp_path):
     done = lwz("run", "nano", "--run-dir", tmp_path / "x", "-s", "grpo.stepz=5")
     assert done.returncode == 1 and "did you mean 'grpo.steps'" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_of_another_recipe_is_refused_before_anything_runs(smoke_run, smoke):
+    other, before = recipe.load("smoke", "grpo.kl_beta=0.04"), (smoke_run / "notebooks" / "done.json").read_text()
+    written = {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=r"holds a run of another recipe \(grpo\.kl_beta was 0\.0, is 0\.04\)"):
+        pipeline.run(other, smoke_run, 0, "smoke", ["grpo.kl_beta=0.04"])
+    assert (smoke_run / "notebooks" / "done.json").read_text() == before
+    assert {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*") if path.is_file()} == written
+
+
+def test_status_of_a_run_folder_shows_what_was_started(smoke_run):
+    done = CliRunner().invoke(cli.app, ["status", str(smoke_run)], env={"COLUMNS": "200"})
+    rows = [line.split() for line in done.output.splitlines()[2:]]
+    assert done.exit_code == 0 and len(rows) == len(launch.found(smoke_run)) > 15
+    assert ["base-think", "grpo", "finished", "4/4"] in [row[:4] for row in rows]
+    assert [row for row in rows if row[:4] == ["all", "arms", "cold-start", "finished"]]
+
+
+def test_two_runs_of_one_arm_and_seed_are_not_exported_together(smoke_run, tmp_path):
+    to = tmp_path / "new" / "mine.csv"
+    done = CliRunner().invoke(cli.app, ["export", str(smoke_run), str(smoke_run), "--to", str(to)], env={"COLUMNS": "300"})
+    assert done.exit_code == 2 and not to.exists()
+    assert "arm base-nothink, seed 0 is in two of these runs" in done.output and "one by one" in done.output
+    done = CliRunner().invoke(cli.app, ["export", str(smoke_run), "--to", str(to)])
+    assert done.exit_code == 0 and to.exists(), "into a folder that it makes"
 
 
 def test_evaluation_takes_another_judge_and_another_model(smoke_run, llm_server, tmp_path, monkeypatch):
