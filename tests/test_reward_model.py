@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -86,11 +87,12 @@ def test_training_leaves_pairs_card_rows_scores_and_quality(smoke_rm, smoke):
     assert (status["state"], status["pairs"], status["pairs_too_long"]) == ("finished", len(made["train"]), 0)
 
 
-def test_training_pairs_are_balanced_in_length_and_held_out_pairs_are_not(smoke_rm):
-    sides = {part: [count_words(p.chosen) - count_words(p.rejected)
-                    for p in pairs.load(str(smoke_rm / "writing-rm" / f"pairs_{part}.jsonl"))] for part in ("train", "heldout")}
-    assert sum(d > 0 for d in sides["train"]) == sum(d < 0 for d in sides["train"]) > 0
-    assert sum(d > 0 for d in sides["heldout"]) != sum(d < 0 for d in sides["heldout"])
+def test_training_pairs_are_balanced_in_length_and_no_held_out_pair_is_dropped(smoke_rm, smoke):
+    made = {part: pairs.load(str(smoke_rm / "writing-rm" / f"pairs_{part}.jsonl")) for part in ("train", "heldout")}
+    longer = [count_words(p.chosen) - count_words(p.rejected) for p in made["train"]]
+    assert sum(d > 0 for d in longer) == sum(d < 0 for d in longer) > 0
+    counts, wanted = Counter(p.kind for p in made["heldout"]), smoke.writing_rm.heldout_pairs_per_kind
+    assert {counts[kind] for kind in ("shuffled", "repeated", "padded", "truncated")} == {wanted}
 
 
 def test_a_finished_model_is_loaded_and_another_recipe_refused(smoke_rm, smoke, monkeypatch):
