@@ -131,12 +131,14 @@ def test_setting_completions_and_comparison(tab, shown):
     assert len(of) == 3 * 3 + 2 * 3 + 3 + 2
     assert not tab.js("document.querySelector('.run article details').open"), "the plan is folded"
     text = tab.js("document.getElementById('difference').textContent")
-    assert "first (solid): nano: base-think, seed 0" in text and "second less first" in text, "like beside like"
-    assert "second (dashed): runs/nano, not committed: base-think, seed 0" in text and "its folder is not here" in text
+    assert "first (solid): gpu: base-think, seed 0" in text and "second less first" in text, "like beside like"
+    assert "second (dashed): runs/nano, not committed: base-think, seed 0" in text
 
     def choose(which, name):
         tab.js(f"""(() => {{ const s = document.getElementById('{which}');
             s.selectedIndex = [...s.options].findIndex(o => o.text === '{name}'); s.onchange() }})()""")
+    choose("one", "nano: base-nothink, seed 1")
+    assert "its folder is not here" in tab.js("document.getElementById('difference').textContent")
     choose("one", "gpu: base-think, seed 0")
     choose("two", "runs/mine, not committed: base-think, seed 0")
     rows = tab.js("[...document.querySelectorAll('#difference tr')].map(r => [...r.cells].map(c => c.textContent))")
