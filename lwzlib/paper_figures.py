@@ -80,6 +80,7 @@ def figure_4(tables: Tables, ax: Axes) -> Axes:
     for row in _numbers(tables, "Figure 4").to_dict("records"):
         _publish(said, 100, row["value"], ARMS[row["model"]][2], [_published_tip(row)], "",
                  {"sft": -4, "continual-pretrain-sft": 4}.get(row["model"], 0))
+    said.margins(y=0.12)  # room for the lowest number above the axis
     return _legend(ax, arms, tables)
 
 
