@@ -71,10 +71,10 @@ def status(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir 
     from lwzlib import launch, pipeline
 
     if Path(recipe).is_dir():
-        return pipeline.show(Path(recipe), launch.found(recipe))
+        return pipeline.show(Path(recipe), pipeline.found(recipe))
     loaded = recipes.load(recipe, sets)
     folder = run_dir or launch.run_folder(loaded, seed)
-    pipeline.show(folder, launch.overview(loaded, folder, seed))
+    pipeline.show(folder, pipeline.overview(loaded, folder, seed))
 
 
 @app.command()

@@ -7,7 +7,6 @@ Of an arm: samples before, then GRPO or SFT, then samples of the policy during G
 
 import contextlib
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -169,23 +168,6 @@ def places(recipe: Recipe) -> list[tuple[str, str]]:
     wanted += ["corpus"] * pretrained + ["distil"] * any(map(recipe.takes_cot, recipe.arms))
     wanted += ["pack", "pretrain"] * pretrained
     return [("", stage) for stage in wanted] + [(name, stage) for name in recipe.arms for stage in arm_stages(recipe, name)]
-
-
-def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
-    """Each of the recipe's `places`: arm, stage, state, step of how many, seconds."""
-    return [_row(arm, stage, stage_run(stage, recipe, root, seed, arm).status) for arm, stage in places(recipe)]
-
-
-def found(root: str | Path) -> list[dict]:
-    """The same of the stages that were started in a run folder, the oldest first."""
-    paths = sorted(Path(root).glob("**/status.json"), key=lambda path: (path.parent / "recipe.yaml").stat().st_mtime)
-    names = [path.parent.relative_to(root).parts for path in paths]
-    return [_row("/".join(arm), stage, json.loads(path.read_text())) for path, (*arm, stage) in zip(paths, names, strict=True)]
-
-
-def _row(arm: str, stage: str, status: dict) -> dict:
-    return {"arm": arm or "all arms", "stage": stage, "state": status.get("state", "to do"), "step": status.get("step"),
-            "of": status.get("total"), "seconds": status.get("wall_s")}
 
 
 def needs(stage: str, recipe: Recipe, arm: str = "") -> list[tuple[str, str]]:

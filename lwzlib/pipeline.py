@@ -36,8 +36,25 @@ def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[
     return [*once, *arms, *(Step(name, name, common) for name in compared)]
 
 
+def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
+    """Each of the recipe's `launch.places`: arm, stage, state, step of how many, seconds."""
+    return [_row(arm, stage, launch.stage_run(stage, recipe, root, seed, arm).status) for arm, stage in launch.places(recipe)]
+
+
+def found(root: str | Path) -> list[dict]:
+    """The same of the stages that were started in a run folder, the oldest first."""
+    paths = sorted(Path(root).glob("**/status.json"), key=lambda path: (path.parent / "recipe.yaml").stat().st_mtime)
+    names = [path.parent.relative_to(root).parts for path in paths]
+    return [_row("/".join(arm), stage, json.loads(path.read_text())) for path, (*arm, stage) in zip(paths, names, strict=True)]
+
+
+def _row(arm: str, stage: str, status: dict) -> dict:
+    return {"arm": arm or "all arms", "stage": stage, "state": status.get("state", "to do"), "step": status.get("step"),
+            "of": status.get("total"), "seconds": status.get("wall_s")}
+
+
 def show(folder: Path, rows: list[dict]) -> None:
-    """Print the arms and stages (rows of `launch.overview`): what is done, running, to do, and how long each took."""
+    """Print the arms and stages (rows of `overview` or `found`): what is done, running, to do, and how long each took."""
     from rich.console import Console
     from rich.table import Table
 
@@ -57,7 +74,7 @@ def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[st
     for arm, stage in launch.places(recipe):
         launch.stage_run(stage, recipe, folder, seed, arm).check()
     os.environ |= launch.MALLOC  # of the kernels: some train a step or score with a model themselves
-    show(folder, launch.overview(recipe, folder, seed))
+    show(folder, overview(recipe, folder, seed))
     executed = folder / "notebooks"
     executed.mkdir(parents=True, exist_ok=True)
     record = executed / "done.json"
@@ -72,7 +89,7 @@ def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[st
         _execute(step, executed / f"{step.output}.ipynb")
         write_atomic(record, json.dumps(done | {step.output: digest}, indent=1))
     page = report.write(folder)
-    show(folder, launch.overview(recipe, folder, seed))
+    show(folder, overview(recipe, folder, seed))
     print(f"done: open {page}")
     return page
 

@@ -13,7 +13,7 @@ import papermill
 import pytest
 from typer.testing import CliRunner
 
-from lwzlib import cli, launch, pipeline, recipe, report
+from lwzlib import cli, pipeline, recipe, report
 from lwzlib.evaluate import arena, judges
 from lwzlib.runs import RunError
 
@@ -89,7 +89,7 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_runs(smoke_run, s
 def test_status_of_a_run_folder_shows_what_was_started(smoke_run):
     done = CliRunner().invoke(cli.app, ["status", str(smoke_run)], env={"COLUMNS": "200"})
     rows = [line.split() for line in done.output.splitlines()[2:]]
-    assert done.exit_code == 0 and len(rows) == len(launch.found(smoke_run)) > 15
+    assert done.exit_code == 0 and len(rows) == len(pipeline.found(smoke_run)) > 15
     assert ["base-think", "grpo", "finished", "4/4"] in [row[:4] for row in rows]
     assert [row for row in rows if row[:4] == ["all", "arms", "cold-start", "finished"]]
 

@@ -11,7 +11,8 @@ from killing import at_step, killed_then_finished
 
 from lwzlib import distil, models, pretrain, recipe
 from lwzlib.data import DataError
-from lwzlib.launch import overview, run_stage, stage_run
+from lwzlib.launch import run_stage, stage_run
+from lwzlib.pipeline import overview
 from lwzlib.recipe import RecipeError
 from lwzlib.runs import RunError, read_rows
 from lwzlib.text import TAGS
