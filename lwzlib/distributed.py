@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -53,9 +54,7 @@ def world(recipe: Recipe, served: bool = False) -> World:
     or in one that is too small."""
     where, vllm = recipe.distributed, recipe.vllm
     if recipe.launch == "torchrun":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return World(["127.0.0.1"], where.processes, free.getsockname()[1])
+        return World(["127.0.0.1"], where.processes, _free_ports())
     hosts, job = allocated(), os.environ["SLURM_JOB_ID"]
     if len(hosts) < where.nodes:
         raise RunError(f"distributed.nodes = {where.nodes}, and Slurm job {job} has {len(hosts)}: {', '.join(hosts)}")
@@ -73,6 +72,16 @@ def allocated() -> list[str]:
     if done.returncode or not done.stdout.split():
         raise RunError(f"scontrol cannot name the nodes {nodes}: {done.stderr.strip()}")
     return done.stdout.split()
+
+
+def _free_ports() -> int:
+    """The first of five neighbouring ports that are free on this machine now, below those that Linux gives to clients."""
+    while True:
+        first = random.SystemRandom().randrange(10_000, 30_000, _PORTS)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as around:
+            for port in range(first, first + _PORTS):
+                around.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def job_port(job: str) -> int:
