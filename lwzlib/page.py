@@ -82,8 +82,8 @@ def run_list(tables: Tables, runs: Path) -> list[dict]:
 
 
 def _mark(stage: Path) -> tuple[str, str]:
-    return tuple(json.loads((stage / file).read_text()).get(name, "")  # type: ignore[return-value]
-                 for file, name in (("status.json", "fingerprint"), ("provenance.json", "commit")))
+    made = figures.made_by(stage)
+    return made["fingerprint"], made["commit"]
 
 
 def _asked(arm: Path) -> dict[str, str]:

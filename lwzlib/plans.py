@@ -131,11 +131,9 @@ def stages_table() -> list[dict]:
         each = micro_s(whole, sequence - c("prompt_tokens"), 4)
         return tokens / sequence / whole.training_gpus * each / 3600
 
-    def written_h(completions: float, tokens: float) -> float:
-        return completions * tokens / (copies * places) * decode_s(p, places, tokens / 2) / 3600
-
     copies, places, judge = p.gpus // r.vllm.tensor_parallel, slots(p), shape(r.writing_rm.model)
     distilled = r.cot.queries * r.cot.completions_per_query
+    written_h = distilled * p.mean_tokens / (copies * places) * decode_s(p, places, p.mean_tokens / 2) / 3600
     scored_h = judge.flops(distilled * p.mean_tokens, p.mean_tokens / 2, 1) / (p.gpu.flops * c("prefill_flops_share")) / 3600
     longest = r.samples.sampling.max_new_tokens
     samples_h = longest * decode_s(p, -(-r.samples.queries // copies), longest / 2) / 3600
@@ -144,7 +142,7 @@ def stages_table() -> list[dict]:
         ("corpus", "CPU nodes", "unknown", "the size of the raw corpus is not published", "Slurm job arrays"),
         ("grpo, each of 3 arms", f"{p.nodes[0]} + {p.nodes[1]} vLLM, 8 GPUs each",
          f"{grpo.seconds * r.grpo.steps / 3600:.0f} h", grpo.bound.name, "launch: slurm; not run on GPUs yet"),
-        ("distil", "8 x 8 vLLM, then 1 x 8", f"{written_h(distilled, p.mean_tokens):.0f} h and {scored_h:.0f} h",
+        ("distil", "8 x 8 vLLM, then 1 x 8", f"{written_h:.0f} h and {scored_h:.0f} h",
          f"the Writing RM: one process, a layer after the other over its GPUs, {distilled:,} completions",
          "vLLM on all nodes writes; `cot.completions_per_query` and `cot.queries` shorten both; not run on GPUs yet"),
         ("pretrain", "8 x 8", f"{forward_backward_h(r.pretrain.tokens, r.pretrain.sequence_tokens) / 24:.1f} days",
