@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from lwzlib.data import DataError, validated
 from lwzlib.results import FIGURES, Tables
 
-VERDICTS = ("supported", "not supported", "inconclusive", "not run")
 _TERM = re.compile(r"\S+ (before|after|quarter [1-4])")
 
 
