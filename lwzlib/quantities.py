@@ -104,7 +104,7 @@ class FormatQuantities(Section):
     encoder: str  # sentence encoder of the semantic signal; empty = lexical alone
     encoder_languages: list[Literal["en", "zh"]]
     same_meaning: Annotated[float, Field(gt=0, le=1)]  # cosine from which two runs of sentences say the same
-    partial_credit: Annotated[float, Field(ge=0, lt=0.25)]  # per tag that stands exactly once; 0 = exact form only
+    partial_credit: Annotated[float, Field(ge=0, lt=0.25)]  # per tag, up to the first out of place; 0 = exact form only
     near_duplicate: Annotated[float, Field(gt=0, le=1)]  # Jaccard similarity from which two passages are duplicates
     tolerated_repetition: Annotated[float, Field(ge=0, lt=1)]  # share of words that may repeat without penalty
 

@@ -5,8 +5,8 @@ Length (published): 1 inside [lower, upper]; words / lower below; (max - words) 
 
 Format (structure published, the rest not): exactly one `<think>` then exactly one `<answer>`, times a repetition factor
 for passages of the answer that repeat each other, by their letters or by their meaning, or the letters of the plan.
-`partial_credit` (off in `paper`) pays per tag that stands exactly once, so that a model that starts without the form can
-find it; `min_plan_words` asks for a plan that is one.
+`partial_credit` (off in `paper`) pays per tag in its place, so that a model that starts without the form can find it (paid
+for tags in any place, policies settled on an answer within the plan); `min_plan_words` asks for a plan that is one.
 
 Writing (published: a Bradley-Terry model's score of query and answer): any real number; see `lwzlib.reward_model`.
 
@@ -22,7 +22,7 @@ from lwzlib import rm_client
 from lwzlib.embed import encode
 from lwzlib.overlap import Meaning, Overlap, find_overlaps
 from lwzlib.recipe import Recipe
-from lwzlib.text import TAGS, Parsed, Style, count_words, parse
+from lwzlib.text import Parsed, Style, count_words, parse, tags_in_place
 
 
 class RewardError(ValueError):
@@ -91,11 +91,11 @@ class FormatReward:
         return find_overlaps(answers, self.near_duplicate, plans, meaning)
 
     def structure(self, completion: str, parsed: Parsed, style: Style) -> float:
-        """1 for the exact form with an answer, and a plan if one is asked for; else `partial_credit` a tag that stands once."""
+        """1 for the exact form with an answer, and a plan if one is asked for; else `partial_credit` a tag in its place."""
         planned = style == "direct" or count_words(parsed.plan) >= self.min_plan_words
         if parsed.exact and planned and parsed.answer:
             return 1.0
-        return self.partial_credit * sum(completion.count(tag) == 1 for tag in TAGS[style])
+        return self.partial_credit * tags_in_place(completion, style)
 
     def repetition_factor(self, share: float) -> float:
         """1 up to `tolerated_repetition`, and from there on a line down to 0 at a share of 1."""

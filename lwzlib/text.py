@@ -98,6 +98,17 @@ def parse(completion: str, style: Style) -> Parsed:
     return Parsed(False, _inside(completion, "think"), _inside(completion, "answer"))
 
 
+def tags_in_place(completion: str, style: Style) -> int:
+    """How many tags of the form stand, each once and in their order, before the first that does not.
+
+    >>> [tags_in_place(text, "think") for text in ("<think>plan</think><answer>cut off", "<think><answer>a</answer></think>")]
+    [3, 1]
+    """
+    found = _TAG.findall(completion)
+    right = (tag == wanted and found.count(tag) == 1 for tag, wanted in zip(found, TAGS[style], strict=False))
+    return sum(itertools.takewhile(bool, right))
+
+
 def shown(completion: str) -> str:
     """What a judge or a rater reads: the answer, closed or not; without any <answer> tag what follows the plan, or the whole
     text. Truncated and malformed texts are judged as they stand, nothing at all if only a plan was written.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lwzlib import recipe, rewards
 from lwzlib.prompts import WORKED_EXAMPLES, wrap
 from lwzlib.rewards import FormatReward, LengthReward
+from lwzlib.text import tags_in_place
 
 PLAN, ANSWER = WORKED_EXAMPLES["en"][0][1:]
 CLEAN = wrap(PLAN, ANSWER, "think")
@@ -60,10 +61,21 @@ def test_format_is_1_for_a_clean_completion_and_0_for_a_broken_one(style):
 
 
 @pytest.mark.parametrize(("text", "tags"), [
-    ("nothing", 0), ("<think>a", 1), ("<think>a</think><answer>b", 3), ("<think><think></think>", 1), (CLEAN + "x", 4),
-    (CLEAN + CLEAN, 0), ("<answer>b</answer><think>a</think>", 4)])
-def test_partial_credit_counts_tags_that_stand_once(text, tags):
+    ("nothing", 0), ("<think>a", 1), ("<think>a</think><answer>b", 3), ("<think><think></think>", 0), (CLEAN + "x", 4),
+    (CLEAN + CLEAN, 0), (CLEAN + "<answer>", 2), ("<answer>b</answer><think>a</think>", 0),
+    ("<think><answer>b</answer></think>", 1)])
+def test_partial_credit_counts_tags_in_their_place(text, tags):
     assert CREDIT([text], style=["think"]) == [pytest.approx(0.1 * tags)]
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "word "]), max_size=12))
+def test_a_tag_more_in_its_place_never_earns_less(pieces):
+    form = ["<think>", "</think>", "<answer>", "</answer>"]
+    assert [tags_in_place("".join(form[:n]), "think") for n in range(5)] == [0, 1, 2, 3, 4]
+    found = [piece for piece in pieces if piece in form]
+    n = tags_in_place("".join(pieces), "think")
+    assert found[:n] == form[:n]
+    assert not set(found[n:]) & set(form[:n])
 
 
 @pytest.mark.parametrize(("plan", "score"), [("", 0.4), ("Two words.", 0.4), ("三个字", 1), ("A plan of five words.", 1)])
