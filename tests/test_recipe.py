@@ -74,7 +74,7 @@ def test_a_number_that_is_not_finite_names_the_quantity(name, value):
 
 
 def test_batches_that_cannot_be_cut_whole_are_refused():
-    with pytest.raises(RecipeError, match=r"grpo.*divisor of 8"):
+    with pytest.raises(RecipeError, match=r"grpo.*divisor of 16"):
         recipe.load("nano", {"grpo.micro_batch_completions": 3})
 
 
