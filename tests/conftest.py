@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,6 +53,18 @@ def alone(smoke, tmp_path_factory):
     moved = max((value - start[name]).abs().max().item() for name, value in smoke_runs.weights(run).items())
     assert moved > 1e-3, "nothing was learnt, so nothing can be compared"
     return run
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Puts a Python program first on PATH, in the place of one that this machine lacks."""
+    def put(name, text):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!{sys.executable}\n{text}")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 the real one."""
 
 import json
-import stat
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from lwzlib.runs import RunError, read_rows
 
 SERVED = ("launch=slurm distributed.nodes=2 vllm.mode=server vllm.nodes=1 reward.weights.writing=0.0 cold_start.queries=0 "
           "cot.exact_only=false cot.batch_completions=3")
-_SERVER = '''#!{python}
+_SERVER = '''
 import http.server, json, os, sys
 assert "VLLM_SERVER_DEV_MODE" not in os.environ
 if "--headless" in sys.argv:
@@ -45,14 +43,10 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--por
 
 
 @pytest.fixture
-def vllm(tmp_path, monkeypatch):
-    """A program named vllm, first on PATH, two nodes that are this machine; returns what it was asked."""
+def vllm(tmp_path, monkeypatch, program):
+    """A program named vllm, two nodes that are this machine; returns what it was asked."""
     def put(refuses=""):
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        program = tmp_path / "bin" / "vllm"
-        program.write_text(_SERVER.format(python=sys.executable, log=str(tmp_path / "asked.jsonl"), refuses=refuses))
-        program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+        program("vllm", _SERVER.format(log=str(tmp_path / "asked.jsonl"), refuses=refuses))
         at = distributed.world(recipe.load("smoke", "launch=torchrun"))
         monkeypatch.setattr(serving, "everywhere", lambda _: distributed.World(["127.0.0.1"], 1, at.port, ["127.0.0.1", "n2"]))
         return lambda: [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]

@@ -2,8 +2,6 @@
 
 import dataclasses
 import itertools
-import stat
-import sys
 import urllib.error
 import urllib.request
 
@@ -12,7 +10,7 @@ import pytest
 from lwzlib import distributed, recipe, serving
 from lwzlib.runs import RunError
 
-_SERVER = '''#!{python}
+_SERVER = '''
 import http.server, os, sys, time
 assert os.environ["VLLM_SERVER_DEV_MODE"] == "1"
 if "--headless" in sys.argv:
@@ -35,14 +33,10 @@ def paper():
 
 
 @pytest.fixture
-def vllm(tmp_path, monkeypatch):
-    """A program named vllm, first on PATH; `does` is what it does before it answers."""
+def vllm(program):
+    """A program named vllm; `does` is what it does before it answers."""
     def put(does=""):
-        (tmp_path / "bin").mkdir()
-        program = tmp_path / "bin" / "vllm"
-        program.write_text(_SERVER.format(python=sys.executable, does=does))
-        program.chmod(program.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+        program("vllm", _SERVER.format(does=does))
         return distributed.World(["127.0.0.1"], 8, distributed.world(recipe.load("smoke", "launch=torchrun")).port,
                                  ["127.0.0.1", "second"])
     return put
