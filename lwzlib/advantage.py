@@ -17,8 +17,9 @@ _NO_SPREAD = 1e-6  # rewards of order 1 in float32 that differ by less are equal
 def fuse(rewards, weights, mode: str = "zscore") -> np.ndarray:
     """Advantages of shape (groups, group_size) from rewards of shape (groups, group_size, components).
 
-    A NaN reward is left out: its component does not count for that completion, and the other weights are scaled up. A
-    completion without any reward, and a group without variance, get advantage 0. `weights` has shape (components,).
+    `zscore` and `minmax` leave a NaN reward out: its component does not count for that completion, and the other weights are
+    scaled up; `sum` takes it for a raw 0, and `gdpo` for the group's mean, as TRL does. A completion without any reward, and
+    a group without variance, get advantage 0. `weights` has shape (components,).
     Raises ValueError for an unknown mode, an empty group, or weights that do not fit.
     """
     rewards, weights = np.asarray(rewards, dtype=np.float64), np.asarray(weights, dtype=np.float64)

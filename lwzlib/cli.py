@@ -52,6 +52,8 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
     arm: samples-before, grpo or sft, samples-during, samples-after. Recipe `-` is read as JSON."""
     from lwzlib import distributed, launch
 
+    if recipe == "-" and sets:
+        raise typer.BadParameter("a recipe that is read as JSON is whole, and --set would not change it")
     launch.end_with_parent()
     loaded = recipes.Recipe.model_validate_json(sys.stdin.read()) if recipe == "-" else recipes.load(recipe, sets)
     try:
@@ -154,6 +156,13 @@ def doctor():
 RmFolder = Annotated[str, typer.Option(help="Folder of a trained Writing RM, such as runs/nano/writing-rm/model.")]
 
 
+def _judged(recipe: str, writing_rm: str, *overrides) -> recipes.Recipe:
+    """The recipe with this Writing RM; without one, and if the recipe would train its own, without the writing reward."""
+    named = writing_rm or recipes.load(recipe, *overrides).reward.writing.model
+    judged = {"reward.weights.writing": 0.0} if named == "stage" else {"reward.writing.model": named}
+    return recipes.load(recipe, *overrides, judged)
+
+
 @app.command()
 def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: str = "nano",
           style: Literal["think", "direct"] = "think", query: str = "", writing_rm: RmFolder = ""):
@@ -161,9 +170,9 @@ def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: st
     from lwzlib import rewards
     from lwzlib.text import count_words, parse
 
-    loaded = recipes.load(recipe, sets, {} if writing_rm else {"reward.weights.writing": 0.0})
+    loaded = _judged(recipe, writing_rm, sets)
     completion = text.read_text(encoding="utf-8", errors="replace")
-    parsed, built = parse(completion, style), rewards.build(loaded, writing_rm)
+    parsed, built = parse(completion, style), rewards.build(loaded)
     for name, reward in built.items():
         value = reward([completion], style=[style], word_range=[(lower, upper)], query=[query])[0]
         out.print(f"{name:7} {value:.3f}")
@@ -184,9 +193,8 @@ def hacks(recipe: str = "nano", sets: Overrides = None, writing_rm: RmFolder = "
     from lwzlib import hacks as suite
     from lwzlib import rewards
 
-    off = {} if writing_rm else {"reward.weights.writing": 0.0}
-    loaded = recipes.load(recipe, {"reward.length.max_words": round(400 * max(1, times))}, sets, off)  # the texts: up to 200
-    built = rewards.build(loaded, writing_rm)
+    loaded = _judged(recipe, writing_rm, {"reward.length.max_words": round(400 * max(1, times))}, sets)  # the texts: up to 200
+    built = rewards.build(loaded)
     found = suite.table(built, [getattr(loaded.reward.weights, name) for name in built], loaded.grpo.advantage,
                         among=suite.asking(times, loaded.data.languages))
     names = [*built, "advantage"]

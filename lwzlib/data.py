@@ -28,7 +28,7 @@ class Query(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str = Field(min_length=1)
-    query: str = Field(min_length=1)
+    query: str = Field(pattern=r"\S")
     word_range: tuple[int, int]
     language: str = Field(pattern="^(en|zh)$")
     domain: str = Field(default="unknown", pattern="^(D[1-6]|unknown)$")

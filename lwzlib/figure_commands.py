@@ -32,8 +32,16 @@ def export(run_dirs: list[Path],
     import pandas as pd
 
     from lwzlib import figures as draw
+    from lwzlib import pipeline
     from lwzlib.results import mixture_rows
 
+    if to.suffix != ".csv":
+        raise typer.BadParameter(f"--to {to} must end in .csv: `lwz figures` reads no other tables")
+    for folder in run_dirs:
+        for row in pipeline.found(folder):
+            if row["stage"] == "grpo" and row["state"] != "finished":
+                raise typer.BadParameter(f"{folder}: grpo of {row['arm']} is {row['state']}, at step {row['step']} of "
+                                         f"{row['of']}; `lwz run` goes on with it")
     table = pd.concat([draw.run_table(folder) for folder in run_dirs], ignore_index=True)
     if table.empty:
         raise typer.BadParameter(f"no GRPO rows in {', '.join(map(str, run_dirs))}")
@@ -46,8 +54,10 @@ def export(run_dirs: list[Path],
     held_out = held_out.drop(columns=texts, errors="ignore").astype({"step": "Int64"})
     mixture = pd.concat([mixture_rows(folder) for folder in run_dirs], ignore_index=True)
     for kind, rows in (("", table), ("_held_out", held_out), ("_mixture", mixture)):
+        path = to.with_stem(f"{to.stem}{kind}")
+        path.unlink(missing_ok=True)  # these runs may have none where others had
         if len(rows):
-            rows.round(4).to_csv(path := to.with_stem(f"{to.stem}{kind}"), index=False)
+            rows.round(4).to_csv(path, index=False)
             out.print(f"{path}: {len(rows)} rows", highlight=False)
 
 

@@ -82,7 +82,8 @@ def held_out_table(folder: str | Path, during: bool = False) -> pd.DataFrame:
 
 def judge_of(folder: str | Path, asked: dict, arm: str) -> str:
     """Identity of the Writing RM that scored an arm's samples, by the recipe of that stage; "" where none did."""
-    named = asked.get("reward", {}).get("writing", {}).get("model", "")
+    reward = asked.get("reward", {})
+    named = reward.get("writing", {}).get("model", "") if reward.get("weights", {}).get("writing") else ""
     places = [Path(folder) / arm / "writing-rm", Path(folder) / "writing-rm"]
     models = [place / "model" for place in places] if named == "stage" else [Path(named)]
     found = [model / "writing_rm.json" for model in models if (model / "writing_rm.json").is_file()]

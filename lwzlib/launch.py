@@ -70,6 +70,8 @@ def stage_run(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
                                            _SHARED[stage], {})
     else:
         about = recipe.arm(arm).model_dump(exclude={"change"})
+        if stage not in arm_stages(recipe, arm):
+            raise RunError(f"arm {arm!r} has no stage {stage!r}; it has {', '.join(arm_stages(recipe, arm))}")
         folder, recipe, sections = Path(root) / arm / stage, recipe.for_arm(arm), _sections(stage, recipe, arm)
     return Run(folder, recipe, seed, sections, _inputs(recipe, sections) | about)
 
@@ -84,11 +86,18 @@ def _sections(stage: str, recipe: Recipe, arm: str) -> tuple[str, ...]:
 
 
 def _inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict:
-    """Digests of the files that a result depends on."""
-    queries = [q.model_dump(mode="json") for source in (recipe.data.train, recipe.data.heldout)
-               for q in data.load(source, recipe.data.languages)]
+    """Digests of the files that a result depends on, and what the arm changes whose texts are distilled. Raises DataError."""
+    queries = []
+    for source in (recipe.data.train, recipe.data.heldout):
+        for query in data.load(source, recipe.data.languages):
+            if recipe.reward.weights.length and query.word_range[1] >= recipe.reward.length.max_words:
+                raise data.DataError(f"{source}, query {query.id!r}: word_range {list(query.word_range)} must end below "
+                                     f"reward.length.max_words = {recipe.reward.length.max_words}")
+            queries.append(query.model_dump(mode="json"))
+    teacher = recipe.arms.get(recipe.cot.arm) if "cot" in sections else None
     files = {"pairs_digest": ("writing_rm", recipe.writing_rm.pairs), "sft_digest": ("sft", recipe.sft.data)}
-    return {"queries_digest": recipe.fingerprint("data", queries=queries)} | {
+    changed = {"cot_arm_changes": teacher.change} if teacher and teacher.change else {}
+    return {"queries_digest": recipe.fingerprint("data", queries=queries)} | changed | {
         name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         for name, (section, path) in files.items() if section in sections and Path(path).is_file()}
 
@@ -115,7 +124,7 @@ def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
 
         return train_rm(run.recipe, run)
     if stage in ("corpus", "distil", "pack"):
-        return _material(stage, recipe, run, first)
+        return _material(stage, run, first)
     if stage == "pretrain":
         return pretrain.pretrain(run.recipe, run, base(), first("corpus"), first("pack"))
     start = str(first("pretrain")) if recipe.arm(arm).start == "continual-pretrain" else base()
@@ -136,17 +145,18 @@ def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
                    str(first(recipe.arm(arm).algorithm)), writing_rm)
 
 
-def _material(stage: str, recipe: Recipe, run: Run, first) -> Path:
+def _material(stage: str, run: Run, first) -> Path:
     """The stages that make what continual pretraining reads."""
+    recipe = run.recipe
     if stage == "distil":
         from lwzlib.distil import distil
 
-        return distil(run.recipe, run, str(first("grpo", recipe.cot.arm)), _writing_rm(run.recipe, first))
+        return distil(recipe, run, str(first("grpo", recipe.cot.arm)), _writing_rm(recipe, first))
     from lwzlib import packing, shards
 
     if stage == "corpus":
-        return shards.prepare(run.recipe, run)
-    return packing.pack(run.recipe, run, first("corpus"), first("distil") if recipe.pretrain.cot_token_fraction else None)
+        return shards.prepare(recipe, run)
+    return packing.pack(recipe, run, first("corpus"), first("distil") if recipe.pretrain.cot_token_fraction else None)
 
 
 def _writing_rm(recipe: Recipe, first) -> str:
@@ -156,7 +166,8 @@ def _writing_rm(recipe: Recipe, first) -> str:
 
 def arm_stages(recipe: Recipe, arm: str) -> list[str]:
     """Of one arm, in order; `samples-during` only where the policy is rated while RL goes on (`evaluation.every_steps`)."""
-    during = recipe.arm(arm).algorithm == "grpo" and 0 < recipe.evaluation.every_steps < recipe.grpo.steps
+    asked = recipe.for_arm(arm)
+    during = asked.arm(arm).algorithm == "grpo" and 0 < asked.evaluation.every_steps < asked.grpo.steps
     return ["samples-before", recipe.arm(arm).algorithm, *["samples-during"] * during, "samples-after"]
 
 

@@ -105,7 +105,7 @@ def _execute(step: Step, output: Path) -> None:
 
     try:
         papermill.execute_notebook(
-            NOTEBOOKS / f"{step.notebook}.ipynb", output, step.parameters, kernel_name="python3", cwd=NOTEBOOKS,
+            NOTEBOOKS / f"{step.notebook}.ipynb", output, step.parameters, kernel_name="python3",
             progress_bar=False, stdout_file=sys.stdout, start_timeout=120,
             extra_arguments=["--IPKernelApp.log_level=50"])
     except PapermillExecutionError as error:

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -47,7 +47,7 @@ class Recipe(q.Section):
     evaluation: q.Evaluation
     distributed: q.Distributed
     vllm: q.Vllm
-    arms: dict[str, q.Arm] = Field(min_length=1)
+    arms: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], q.Arm] = Field(min_length=1)  # each is a folder's name, too
 
     @model_validator(mode="after")
     def _continual_pretraining(self):
@@ -81,8 +81,10 @@ class Recipe(q.Section):
 
     def takes_cot(self, arm: str) -> bool:
         """What `cot.arm` writes is part of what the arm learns from."""
-        pretrained = self.arms[arm].start == "continual-pretrain" and self.pretrain.cot_token_fraction > 0
-        return pretrained or (self.arms[arm].algorithm == "sft" and self.sft.data == "made")
+        asked, change = self.arms[arm], self.arms[arm].change
+        share = change.get("pretrain.cot_token_fraction", self.pretrain.cot_token_fraction)
+        made = change.get("sft.data", self.sft.data) == "made"
+        return (asked.start == "continual-pretrain" and share != 0) or (asked.algorithm == "sft" and made)
 
     def arm(self, name: str) -> q.Arm:
         """Raises RecipeError, with the nearest name, for one that the recipe has not."""
@@ -94,6 +96,8 @@ class Recipe(q.Section):
     def for_arm(self, name: str) -> "Recipe":
         """The recipe with what the arm changes. Raises RecipeError for an unknown arm, quantity or value."""
         change = self.arm(name).change
+        if whole := [quantity for quantity in change if quantity.split(".")[0] in _NOT_METHOD]:
+            raise RecipeError(f"{self.name}, arm {name}: {whole[0]!r} holds for a whole run, an arm cannot change it")
         return _validate(self.model_dump(), change, f"{self.name}, arm {name}") if change else self
 
     def fingerprint(self, *sections: str, **extra: Any) -> str:
@@ -192,6 +196,8 @@ def read_extending(source: str | Path, find: Callable, what: str, wrong: type[Ex
     if path in below:
         raise wrong(f"{what} {path} extends itself")
     parent = tree.pop("extends", None)
+    if not isinstance(parent, str | None):
+        raise wrong(f"{what} {path}: extends = {parent!r} must be one name")
     return merge(read_extending(parent, find, what, wrong, loader, merge, (*below, path)), tree) if parent else tree
 
 
@@ -222,10 +228,10 @@ def assigned(overrides) -> dict[str, Any]:
 def _put(tree: dict, name: str, value: Any) -> None:
     if name not in (known := flatten(tree)):
         raise RecipeError(f"no quantity {name!r} in the recipe{nearest(name, known)}")
-    *sections, last = name.split(".")
-    for section in sections:
+    while name not in tree:  # the keys of an arm's `change` have dots themselves
+        section, _, name = name.partition(".")
         tree = tree[section]
-    tree[last] = value
+    tree[name] = value
 
 
 def nearest(name: str, valid) -> str:

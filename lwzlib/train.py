@@ -141,8 +141,8 @@ class Rows(TrainerCallback):
 
     Saves by the clock too, and when the process is asked to stop (`runs.Stop`): then a last time, and ends."""
 
-    def __init__(self, run: Run, columns: dict[str, str], total: int | None = None):
-        self.run, self.columns, self.total = run, columns, total
+    def __init__(self, run: Run, columns: dict[str, str]):
+        self.run, self.columns = run, columns
         self.since, self.tokens, self.saved = time.perf_counter(), 0, time.monotonic()
         self.every_s = 60 * run.recipe.distributed.checkpoint_every_minutes
 
@@ -158,7 +158,7 @@ class Rows(TrainerCallback):
         now = time.perf_counter()
         row["step_s"], self.since = round(now - self.since, 2), now
         self.run.append("metrics", row)
-        self.run.update(step=state.global_step, total=self.total or state.max_steps)
+        self.run.update(step=state.global_step, total=state.max_steps)
         shown = "  ".join(f"{name} {row[name]:.2f}" for name in ("length", "writing", "format", "accuracy", "loss")
                           if row.get(name) is not None)
         print(f"{self.run.folder.parent.name}/{self.run.folder.name}  step {state.global_step}/{state.max_steps}  "

@@ -144,6 +144,7 @@ def test_a_deleted_results_file_leaves_gaps_and_no_old_number(tmp_path, monkeypa
     folder, out = made.write(tmp_path / "rows", rl=made.rl(), held_out=made.held_out()), tmp_path / "out"
     exhibits.write(results.read(folder), out)
     assert "Elo 1" in (out / "table_1_nano.csv").read_text()
+    (out / "my_thesis.pdf").write_text("not the kit's")
     (folder / "nano_held_out.csv").unlink()
     exhibits.write(results.read(folder), out)
     assert "Elo 1" not in (out / "table_1_nano.csv").read_text()
@@ -152,6 +153,7 @@ def test_a_deleted_results_file_leaves_gaps_and_no_old_number(tmp_path, monkeypa
     (folder / "nano.csv").unlink()
     exhibits.write(results.read(folder), out)
     assert not list(out.glob("*nano*")), "nothing of the deleted rows is left"
+    assert (out / "my_thesis.pdf").exists(), "only what an earlier call wrote is removed"
     for name in NAMES:
         assert "not run here" in (out / f"{name}.svg").read_text(), name
 

@@ -1,5 +1,6 @@
 """Real TRL steps: our advantage against TRL's, resumed runs against uninterrupted ones, learning on the real model."""
 
+import json
 import os
 import random
 import shutil
@@ -16,12 +17,29 @@ from killing import at_step, killed_then_finished
 from smoke_runs import COMMON
 from trl import GRPOTrainer
 
-from lwzlib import recipe
-from lwzlib.grpo import trainer
+from lwzlib import models, recipe
+from lwzlib.data import DataError
+from lwzlib.grpo import dataset, trainer
 from lwzlib.launch import arm_stages, launch, launch_arm, run_stage, stage_run
 from lwzlib.runs import RunError
 
 ARM = "base-think"
+
+
+def test_a_stage_that_the_arm_has_not_is_refused(smoke, tmp_path):
+    with pytest.raises(RunError, match=r"arm 'sft' has no stage 'grpo'; it has samples-before, sft, samples-after"):
+        stage_run("grpo", smoke, tmp_path, 0, "sft")
+
+
+def test_queries_that_rl_could_not_use_are_named_before_anything_is_trained(smoke, tmp_path):
+    rows = [{"id": name, "query": "Why does rain fall?", "word_range": [50, 70]} for name in "ab"]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    r = recipe.load("smoke", {"data.train": str(tmp_path / "few.jsonl"), "grpo.queries_per_step": 3})
+    with pytest.raises(DataError, match=r"few.jsonl has 2 queries, and a step takes grpo.queries_per_step = 3"):
+        dataset(r, "think", models.load(r.model.name, "float32", "eager")[1])
+    r = recipe.load("smoke", {"data.train": str(tmp_path / "few.jsonl"), "reward.length.max_words": 70})
+    with pytest.raises(DataError, match=r"few.jsonl, query 'a': word_range \[50, 70\] must end below .*max_words = 70"):
+        stage_run("cold-start", r, tmp_path, 0)
 
 
 def comparable(rows):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,20 @@ def test_first_error_names_the_cell_and_stops(smoke, tmp_path):
     assert not (tmp_path / "notebooks" / "02_reward_design.ipynb").exists()
 
 
+def test_a_relative_path_means_the_same_in_a_notebook_as_in_the_command(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("extends: smoke\nname: mine\ndata: {train: mine.jsonl}\n")
+    (tmp_path / "mine.jsonl").write_text('{"id": "a", "query": "Why does rain fall?", "word_range": [50, 70]}\n')
+    cells = [nbformat.v4.new_code_cell(source, metadata={"tags": tags}) for source, tags in (
+        ("recipe = ''", ["parameters"]),
+        ("from lwzlib import data, recipe as r\nprint(data.load(r.load(recipe).data.train)[0].id)", []))]
+    language = {"language_info": {"name": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=language), tmp_path / "small.ipynb")
+    monkeypatch.setattr(pipeline, "NOTEBOOKS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    pipeline._execute(pipeline.Step("small", "small", {"recipe": "mine.yaml"}), tmp_path / "out.ipynb")
+    assert nbformat.read("out.ipynb", 4).cells[-1].outputs[0].text == "a\n"
+
+
 def test_queries_that_are_not_there_are_refused_before_anything_runs(tmp_path):
     done = lwz("run", "smoke", "--run-dir", tmp_path / "x", "-s", "data.heldout=/no/such/file.jsonl")
     assert done.returncode == 1 and "no file /no/such/file.jsonl" in done.stderr
@@ -101,6 +116,19 @@ def test_two_runs_of_one_arm_and_seed_are_not_exported_together(smoke_run, tmp_p
     assert "arm base-nothink, seed 0 is in two of these runs" in done.output and "one by one" in done.output
     done = CliRunner().invoke(cli.app, ["export", str(smoke_run), "--to", str(to)])
     assert done.exit_code == 0 and to.exists(), "into a folder that it makes"
+
+
+def test_only_a_whole_run_is_exported_and_nothing_of_another_stays(smoke_run, tmp_path):
+    arm, to = tmp_path / "run" / "base-think", tmp_path / "mine.csv"
+    shutil.copytree(smoke_run / "base-think" / "grpo", arm / "grpo", ignore=shutil.ignore_patterns("model", "checkpoints"))
+    stale = to.with_stem("mine_held_out")
+    stale.write_text("of another run\n")
+    assert "must end in .csv" in lwz("export", arm.parent, "--to", tmp_path / "mine").stderr
+    assert lwz("export", arm.parent, "--to", to).returncode == 0 and to.exists() and not stale.exists()
+    status = json.loads((arm / "grpo" / "status.json").read_text())
+    (arm / "grpo" / "status.json").write_text(json.dumps(status | {"state": "running", "step": 3}))
+    again = lwz("export", arm.parent, "--to", to)
+    assert again.returncode == 2 and "is running, at step 3 of 4" in " ".join(again.stderr.replace("│", " ").split())
 
 
 def test_evaluation_takes_another_judge_and_another_model(smoke_run, llm_server, tmp_path, monkeypatch):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from killing import at_step, killed_then_finished
 
-from lwzlib import distil, models, pretrain, recipe
+from lwzlib import distil, models, packing, pretrain, recipe
 from lwzlib.data import DataError
-from lwzlib.launch import run_stage, stage_run
+from lwzlib.launch import arm_stages, needs, places, run_stage, stage_run
 from lwzlib.pipeline import overview
 from lwzlib.recipe import RecipeError
 from lwzlib.runs import RunError, read_rows
@@ -158,6 +158,40 @@ def test_an_arm_that_changes_the_start_has_stages_of_its_own(tmp_path):
     assert str(folders["pretrain", "kl"]) == "pretrain" and str(folders["corpus", "wide"]) == "corpus"
     assert {str(folders["writing-rm", arm]) for arm in arms} == {"writing-rm"}
     assert stage_run("pretrain", r, tmp_path, 0, "wide").recipe.pretrain.tokens == 9999
+
+
+def with_arms(smoke, **changes):
+    """The smoke recipe with the arms `base-think` and `mine`, the latter after continual pretraining, and what each changes."""
+    arms = {"base-think": {"start": "base", "prompt": "think", "change": changes.get("teacher", {})},
+            "mine": {"start": "continual-pretrain", "prompt": "think", "change": changes.get("mine", {})}}
+    return recipe.Recipe.model_validate(smoke.model_dump() | {"arms": arms})
+
+
+def test_an_arm_with_a_share_of_distilled_documents_of_its_own_gets_them(smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "pack", lambda recipe, run, corpus, cot: cot)
+    none = with_arms(smoke, mine={"pretrain.cot_token_fraction": 0.0})
+    assert ("pack", "mine") in needs("pretrain", none, "mine") and ("", "distil") not in places(none)
+    assert run_stage("pack", none, tmp_path / "none", 0, "mine") is None
+    assert not (tmp_path / "none" / "base-think").exists(), "no teacher is trained for nothing"
+    some = with_arms(smoke.model_copy(update={"pretrain": smoke.pretrain.model_copy(update={"cot_token_fraction": 0.0})}),
+                     mine={"pretrain.cot_token_fraction": 0.5})
+    assert ("", "distil") in places(some)
+    assert run_stage("pack", some, tmp_path / "some", 0, "mine").name == "distil"
+
+
+def test_what_the_teacher_changes_makes_other_documents(smoke, tmp_path):
+    def fingerprint(stage, r):
+        return stage_run(stage, r, tmp_path, 0, "mine").fingerprint
+
+    same, other = with_arms(smoke), with_arms(smoke, teacher={"grpo.steps": 2})
+    for stage in ("distil", "pack", "pretrain", "grpo"):
+        assert fingerprint(stage, same) != fingerprint(stage, other)
+    assert fingerprint("corpus", same) == fingerprint("corpus", other)
+
+
+def test_an_arm_rates_its_policy_as_often_as_it_says(smoke):
+    never = with_arms(smoke, mine={"evaluation.every_steps": 0})
+    assert "samples-during" in arm_stages(never, "base-think") and "samples-during" not in arm_stages(never, "mine")
 
 
 def test_the_overview_lists_every_stage_once_with_its_state(smoke, done, tmp_path):

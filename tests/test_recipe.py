@@ -128,6 +128,21 @@ def test_fingerprint_depends_on_the_extras_and_on_nothing_else():
     assert one.fingerprint("grpo", seed=1) == same.fingerprint("grpo", seed=1) != one.fingerprint("grpo", seed=2)
 
 
+@pytest.mark.parametrize(("more", "said"), [
+    ("extends: [nano]\n", r"extends = \['nano'\] must be one name"),
+    ("extends: nano\narms: {a/b: {start: base, prompt: think}}\n", r"arms.*a/b"),
+    ("extends: nano\narms: {base-think: {start: base, prompt: think, change: {launch: inline}}}\n",
+     "'launch' holds for a whole run")])
+def test_what_no_run_could_follow_is_refused(tmp_path, more, said):
+    with pytest.raises(RecipeError, match=said):
+        recipe.load(_write(tmp_path, more))
+
+
+def test_an_override_reaches_what_an_arm_changes():
+    r = recipe.load("ablations", "arms.with-kl.change.grpo.kl_beta=0.01")
+    assert (r.for_arm("with-kl").grpo.kl_beta, r.grpo.kl_beta) == (0.01, 0.0)
+
+
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(RecipeError, match="'nanoo'; did you mean 'nano'"):
         recipe.load("nanoo")
