@@ -61,19 +61,23 @@ def run_folder(recipe: Recipe, seed: int) -> Path:
 
 def stage_run(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Run:
     """The Run of a stage, shared by the arms or of one of them. Raises RecipeError, DataError or RunError."""
-    if stage not in _SHARED | _OF_ARMS:
-        raise RunError(f"no stage {stage!r}; stages are {', '.join(_SHARED | _OF_ARMS)}")
+    if stage not in (known := _SHARED | _OF_ARMS):
+        raise RunError(f"no stage {stage!r}; stages are {', '.join(known)}")
+    own = _own(stage, recipe, arm)
+    asked = recipe.for_arm(arm) if own else recipe
     if stage in _SHARED:
-        changed = {name.split(".")[0] for name in recipe.arm(arm).change} if arm else set()
-        own = bool(changed & set(_OWN[stage]))
-        folder, recipe, sections, about = (Path(root) / (arm if own else "") / stage, recipe.for_arm(arm) if own else recipe,
-                                           _SHARED[stage], {})
+        sections, about = _SHARED[stage], {}
+    elif stage in arm_stages(recipe, arm):
+        sections, about = _sections(stage, asked, arm), asked.arm(arm).model_dump(exclude={"change"})
     else:
-        about = recipe.arm(arm).model_dump(exclude={"change"})
-        if stage not in arm_stages(recipe, arm):
-            raise RunError(f"arm {arm!r} has no stage {stage!r}; it has {', '.join(arm_stages(recipe, arm))}")
-        folder, recipe, sections = Path(root) / arm / stage, recipe.for_arm(arm), _sections(stage, recipe, arm)
-    return Run(folder, recipe, seed, sections, _inputs(recipe, sections) | about)
+        raise RunError(f"arm {arm!r} has no stage {stage!r}; it has {', '.join(arm_stages(recipe, arm))}")
+    return Run(Path(root) / (arm if own else "") / stage, asked, seed, sections, _inputs(asked, sections) | about)
+
+
+def _own(stage: str, recipe: Recipe, arm: str) -> bool:
+    """The arm does the stage for itself, in its own folder."""
+    changed = {name.split(".")[0] for name in recipe.arm(arm).change} if arm else set()
+    return stage in _OF_ARMS or bool(changed & set(_OWN[stage]))
 
 
 def _sections(stage: str, recipe: Recipe, arm: str) -> tuple[str, ...]:
@@ -87,17 +91,15 @@ def _sections(stage: str, recipe: Recipe, arm: str) -> tuple[str, ...]:
 
 def _inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict:
     """Digests of the files that a result depends on, and what the arm changes whose texts are distilled. Raises DataError."""
-    queries = []
-    for source in (recipe.data.train, recipe.data.heldout):
-        for query in data.load(source, recipe.data.languages):
-            if recipe.reward.weights.length and query.word_range[1] >= recipe.reward.length.max_words:
-                raise data.DataError(f"{source}, query {query.id!r}: word_range {list(query.word_range)} must end below "
-                                     f"reward.length.max_words = {recipe.reward.length.max_words}")
-            queries.append(query.model_dump(mode="json"))
-    teacher = recipe.arms.get(recipe.cot.arm) if "cot" in sections else None
+    read = [(at, query) for at in (recipe.data.train, recipe.data.heldout) for query in data.load(at, recipe.data.languages)]
+    for at, query in read:
+        if query.word_range[1] >= recipe.reward.length.max_words and recipe.reward.weights.length:
+            raise data.DataError(f"{at}, query {query.id!r}: word_range {list(query.word_range)} must end below "
+                                 f"reward.length.max_words = {recipe.reward.length.max_words}")
     files = {"pairs_digest": ("writing_rm", recipe.writing_rm.pairs), "sft_digest": ("sft", recipe.sft.data)}
-    changed = {"cot_arm_changes": teacher.change} if teacher and teacher.change else {}
-    return {"queries_digest": recipe.fingerprint("data", queries=queries)} | changed | {
+    taught = {f"{name} changes": arm.change for name, arm in recipe.arms.items() if name == recipe.cot.arm and arm.change}
+    queries = [query.model_dump(mode="json") for _, query in read]
+    return {"queries_digest": recipe.fingerprint("data", queries=queries)} | (taught if "cot" in sections else {}) | {
         name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         for name, (section, path) in files.items() if section in sections and Path(path).is_file()}
 
@@ -114,8 +116,7 @@ def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
         return run_stage(other, recipe, root, seed, of)
 
     def base():
-        asked = recipe.for_arm(arm) if arm else recipe
-        return str(first("cold-start")) if asked.cold_start.queries else asked.model.name
+        return str(first("cold-start")) if run.recipe.cold_start.queries else run.recipe.model.name
 
     if stage == "cold-start":
         return pretrain.cold_start(run.recipe, run)
@@ -147,21 +148,19 @@ def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
 
 def _material(stage: str, run: Run, first) -> Path:
     """The stages that make what continual pretraining reads."""
-    recipe = run.recipe
     if stage == "distil":
         from lwzlib.distil import distil
 
-        return distil(recipe, run, str(first("grpo", recipe.cot.arm)), _writing_rm(recipe, first))
+        return distil(run.recipe, run, str(first("grpo", run.recipe.cot.arm)), _writing_rm(run.recipe, first))
     from lwzlib import packing, shards
 
     if stage == "corpus":
-        return shards.prepare(recipe, run)
-    return packing.pack(recipe, run, first("corpus"), first("distil") if recipe.pretrain.cot_token_fraction else None)
+        return shards.prepare(run.recipe, run)
+    return packing.pack(run.recipe, run, first("corpus"), first("distil") if run.recipe.pretrain.cot_token_fraction else None)
 
 
 def _writing_rm(recipe: Recipe, first) -> str:
-    wanted = recipe.reward.weights.writing > 0 and recipe.reward.writing.model == "stage"
-    return str(first("writing-rm")) if wanted else ""
+    return str(first("writing-rm")) if recipe.reward.weights.writing > 0 and recipe.reward.writing.model == "stage" else ""
 
 
 def arm_stages(recipe: Recipe, arm: str) -> list[str]:
@@ -173,12 +172,19 @@ def arm_stages(recipe: Recipe, arm: str) -> list[str]:
 
 def places(recipe: Recipe) -> list[tuple[str, str]]:
     """(arm, or "" where it is shared, stage) of the whole recipe, in an order in which they can be done."""
-    wanted = ["cold-start"] if recipe.cold_start.queries else []
-    wanted += ["writing-rm"] if _writing_rm(recipe, lambda stage: stage) else []
-    pretrained = any(arm.start == "continual-pretrain" for arm in recipe.arms.values())
-    wanted += ["corpus"] * pretrained + ["distil"] * any(map(recipe.takes_cot, recipe.arms))
-    wanted += ["pack", "pretrain"] * pretrained
-    return [("", stage) for stage in wanted] + [(name, stage) for name in recipe.arms for stage in arm_stages(recipe, name)]
+    found: dict[tuple[str, str], None] = {}
+
+    def add(stage: str, arm: str) -> None:
+        place = (arm if _own(stage, recipe, arm) else "", stage)
+        if place not in found:
+            for other, of in needs(stage, recipe, arm):
+                add(other, of)
+            found[place] = None
+
+    for name in recipe.arms:
+        for stage in arm_stages(recipe, name):
+            add(stage, name)
+    return list(found)
 
 
 def needs(stage: str, recipe: Recipe, arm: str = "") -> list[tuple[str, str]]:

@@ -11,7 +11,8 @@ from lwzlib import launch, recipe
 from lwzlib.runs import Run
 
 ARM = "base-think"
-COMMON = ["reward.weights.writing=0.0", "grpo.sampling.max_new_tokens=40", "cold_start.queries=0"]
+# 120 tokens: of a random model so many hold tags, and so rewards that differ
+COMMON = ["reward.weights.writing=0.0", "grpo.sampling.max_new_tokens=120", "cold_start.queries=0"]
 # Sampling that does not depend on the number of processes, in the processes that a test starts; the kit itself is unchanged.
 ROWWISE = f"{Path(__file__).parent / 'rowwise'}:{Path(__file__).parent.parent}"
 

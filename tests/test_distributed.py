@@ -236,7 +236,7 @@ def test_a_checkpoint_is_due_by_the_clock(smoke, tmp_path):
 @pytest.mark.parametrize("name", ["nano", "smoke", "paper"])
 def test_what_a_stage_needs_is_what_it_asks_for(name, tmp_path, monkeypatch):
     """`launch` does the needs first, each by its own launch; then the stage itself must find all of them finished."""
-    made = recipe.load(name, "data.train=kit:train data.heldout=kit:heldout")
+    made = recipe.load(name, "data.train=kit:train data.heldout=kit:heldout reward.length.max_words=14000")
     for arm in made.arms:
         for stage in ("cold-start", "writing-rm", "corpus", "distil", "pack", "pretrain", *launch.arm_stages(made, arm)):
             asked, original = [], launch.run_stage
