@@ -32,7 +32,7 @@ C = {
     "network_gbs": Constant(50, "GB/s a GPU", "published", "400 Gb/s InfiniBand a GPU of an H800 node (arXiv 2412.19437)"),
     "transformers_overhead_s": Constant(0.021, "s a decoding step", "published", "the same page: Qwen2.5-0.5B, transformers"),
     "nvlink_gbs": Constant(160, "GB/s a GPU", "published", "inside an H800 node (arXiv 2412.19437)"),
-    "format_us_word": Constant(0.8, "microseconds a word", "measured", "benchmarks/reward_throughput.md, honest, 10,000 words"),
+    "format_us_word": Constant(0.6, "microseconds a word", "measured", "benchmarks/reward_throughput.md, honest, 10,000 words"),
     "train_flops_share": Constant(0.35, "of peak", "assumed", "Llama 3 405B: 0.38 to 0.43 published (arXiv 2407.21783)"),
     "prefill_flops_share": Constant(0.5, "of peak", "assumed", "forward passes over long texts"),
     "sync_gbs": Constant(10, "GB/s", "assumed", "one rank gathers and broadcasts all weights, tensor after tensor"),
