@@ -34,8 +34,10 @@ def jupyterlab(folder, work):
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0",
          f"--ServerApp.root_dir={folder}"], env=env, stdout=log, stderr=log)
     try:
-        found = until(lambda: list((work / "runtime").glob("jpserver-*.json")), "the server", 120)[0]
-        yield json.loads(found.read_text())["url"]
+        # The server makes the file, then writes it.
+        said = until(lambda: [text for file in (work / "runtime").glob("jpserver-*.json")
+                              if (text := file.read_text()).rstrip().endswith("}")], "the server", 120)[0]
+        yield json.loads(said)["url"]
     finally:
         server.terminate()
         server.wait(30)
