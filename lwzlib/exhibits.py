@@ -109,7 +109,7 @@ def write(tables: Tables, folder: Path) -> list[Path]:
     written = [path for stem, figure in wanted.items() for path in _save(figure, folder / stem)]
     kept = {path.name for path in written} | {f"{stem}.csv" for stem in wanted if stem.startswith("table")}
     record = folder / ".exhibits"  # what is removed is ours: other files in the folder stay
-    for name in set(record.read_text().split("\n") if record.exists() else []) - kept:
+    for name in set(record.read_text().splitlines() if record.exists() else []) - kept:
         (folder / name).unlink(missing_ok=True)
     record.write_text("\n".join(sorted(kept)))
     return written

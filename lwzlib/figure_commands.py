@@ -55,10 +55,11 @@ def export(run_dirs: list[Path],
     mixture = pd.concat([mixture_rows(folder) for folder in run_dirs], ignore_index=True)
     for kind, rows in (("", table), ("_held_out", held_out), ("_mixture", mixture)):
         path = to.with_stem(f"{to.stem}{kind}")
-        path.unlink(missing_ok=True)  # these runs may have none where others had
-        if len(rows):
-            rows.round(4).to_csv(path, index=False)
-            out.print(f"{path}: {len(rows)} rows", highlight=False)
+        if rows.empty:
+            path.unlink(missing_ok=True)  # these runs have none where others had
+            continue
+        rows.round(4).to_csv(path, index=False)
+        out.print(f"{path}: {len(rows)} rows", highlight=False)
 
 
 @app.command()

@@ -69,7 +69,7 @@ def test_partial_credit_counts_tags_in_their_place(text, tags):
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "word "]), max_size=12))
-def test_a_tag_more_in_its_place_never_earns_less(pieces):
+def test_tags_in_place_are_a_beginning_of_the_form_and_stand_nowhere_else(pieces):
     form = ["<think>", "</think>", "<answer>", "</answer>"]
     assert [tags_in_place("".join(form[:n]), "think") for n in range(5)] == [0, 1, 2, 3, 4]
     found = [piece for piece in pieces if piece in form]
