@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lwzlib.recipe import Recipe
 from lwzlib.text import language_of
 
 QUERIES = Path(__file__).parent / "queries"
@@ -65,6 +66,20 @@ def load(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Query]:
     if not queries:
         raise DataError(f"{source} has no query in {', '.join(sorted(languages))}")
     return queries
+
+
+def of_recipe(recipe: Recipe) -> list[Query]:
+    """The training queries of a recipe, then the held-out ones. Raises DataError where they do not fit its settings."""
+    asked = {source: load(source, recipe.data.languages) for source in (recipe.data.train, recipe.data.heldout)}
+    train, step, longest = asked[recipe.data.train], recipe.grpo.queries_per_step, recipe.reward.length.max_words
+    if len(train) < step and any(arm.algorithm == "grpo" for arm in recipe.arms.values()):
+        raise DataError(f"{recipe.data.train} has {len(train)} queries, and a step takes grpo.queries_per_step = {step}")
+    for source, queries in asked.items():
+        for query in queries if recipe.reward.weights.length else []:
+            if query.word_range[1] >= longest:
+                raise DataError(f"{source}, query {query.id!r}: word_range {list(query.word_range)} must end below "
+                                f"reward.length.max_words = {longest}")
+    return [*train, *asked[recipe.data.heldout]]
 
 
 def validated(place: str, row, kind: type[BaseModel] = Query):

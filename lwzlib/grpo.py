@@ -99,15 +99,11 @@ def config(recipe: Recipe, run: Run, components: list[str]) -> GRPOConfig:
 
 
 def dataset(recipe: Recipe, style: Style, tokenizer) -> Dataset:
-    """Columns prompt (text), query, id, type, word_range, style. Raises DataError for fewer queries than a step takes."""
-    queries = data.load(recipe.data.train, recipe.data.languages)
-    if len(queries) < recipe.grpo.queries_per_step:
-        raise data.DataError(f"{recipe.data.train} has {len(queries)} queries, and a step takes grpo.queries_per_step = "
-                             f"{recipe.grpo.queries_per_step}")
+    """Columns prompt (text), query, id, type, word_range, style."""
     return Dataset.from_list([
         {"prompt": prompts.render(q.query, style, recipe.model.frame, recipe.prompt, tokenizer), "query": q.query,
          "id": q.id, "type": q.type, "word_range": list(q.word_range), "style": style}
-        for q in queries])
+        for q in data.load(recipe.data.train, recipe.data.languages)])
 
 
 def trainer(recipe: Recipe, run: Run, arm: str, start: str, writing_rm: str = "") -> LongWriterGRPOTrainer:

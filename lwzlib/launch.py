@@ -91,14 +91,9 @@ def _sections(stage: str, recipe: Recipe, arm: str) -> tuple[str, ...]:
 
 def _inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict:
     """Digests of the files that a result depends on, and what the arm changes whose texts are distilled. Raises DataError."""
-    read = [(at, query) for at in (recipe.data.train, recipe.data.heldout) for query in data.load(at, recipe.data.languages)]
-    for at, query in read:
-        if query.word_range[1] >= recipe.reward.length.max_words and recipe.reward.weights.length:
-            raise data.DataError(f"{at}, query {query.id!r}: word_range {list(query.word_range)} must end below "
-                                 f"reward.length.max_words = {recipe.reward.length.max_words}")
     files = {"pairs_digest": ("writing_rm", recipe.writing_rm.pairs), "sft_digest": ("sft", recipe.sft.data)}
     taught = {f"{name} changes": arm.change for name, arm in recipe.arms.items() if name == recipe.cot.arm and arm.change}
-    queries = [query.model_dump(mode="json") for _, query in read]
+    queries = [query.model_dump(mode="json") for query in data.of_recipe(recipe)]
     return {"queries_digest": recipe.fingerprint("data", queries=queries)} | (taught if "cot" in sections else {}) | {
         name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         for name, (section, path) in files.items() if section in sections and Path(path).is_file()}

@@ -17,9 +17,9 @@ from killing import at_step, killed_then_finished
 from smoke_runs import COMMON
 from trl import GRPOTrainer
 
-from lwzlib import models, recipe
+from lwzlib import recipe
 from lwzlib.data import DataError
-from lwzlib.grpo import dataset, trainer
+from lwzlib.grpo import trainer
 from lwzlib.launch import arm_stages, launch, launch_arm, run_stage, stage_run
 from lwzlib.runs import RunError
 
@@ -36,7 +36,9 @@ def test_queries_that_rl_could_not_use_are_named_before_anything_is_trained(smok
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     r = recipe.load("smoke", {"data.train": str(tmp_path / "few.jsonl"), "grpo.queries_per_step": 3})
     with pytest.raises(DataError, match=r"few.jsonl has 2 queries, and a step takes grpo.queries_per_step = 3"):
-        dataset(r, "think", models.load(r.model.name, "float32", "eager")[1])
+        stage_run("cold-start", r, tmp_path, 0)
+    alone = r.model_copy(update={"arms": {"sft": r.arms["sft"]}})
+    assert stage_run("sft", alone, tmp_path, 0, "sft"), "without GRPO nothing is drawn by the step"
     r = recipe.load("smoke", {"data.train": str(tmp_path / "few.jsonl"), "reward.length.max_words": 70})
     with pytest.raises(DataError, match=r"few.jsonl, query 'a': word_range \[50, 70\] must end below .*max_words = 70"):
         stage_run("cold-start", r, tmp_path, 0)
