@@ -35,16 +35,21 @@ def export(run_dirs: list[Path],
     from lwzlib import pipeline
     from lwzlib.results import mixture_rows
 
-    if to.suffix != ".csv":
-        raise typer.BadParameter(f"--to {to} must end in .csv: `lwz figures` reads no other tables")
+    if to.suffix != ".csv" or to.stem.endswith(("_held_out", "_mixture")):
+        raise typer.BadParameter(f"--to {to} must end in .csv, and not in _held_out.csv or _mixture.csv, which `lwz figures` "
+                                 "reads as other tables")
     for folder in run_dirs:
         for row in pipeline.found(folder):
-            if row["stage"] == "grpo" and row["state"] != "finished":
-                raise typer.BadParameter(f"{folder}: grpo of {row['arm']} is {row['state']}, at step {row['step']} of "
-                                         f"{row['of']}; `lwz run` goes on with it")
+            if row["state"] != "finished":
+                at = f", at step {row['step']} of {row['of']}" if row["of"] else ""
+                raise typer.BadParameter(f"{folder}: {row['stage']} of {row['arm']} is {row['state']}{at}; `lwz run` goes on "
+                                         "with it")
     table = pd.concat([draw.run_table(folder) for folder in run_dirs], ignore_index=True)
     if table.empty:
         raise typer.BadParameter(f"no GRPO rows in {', '.join(map(str, run_dirs))}")
+    if table.commit.isna().any():
+        raise typer.BadParameter("these runs know no commit, and `lwz figures` refuses rows without one: run the kit from a "
+                                 "git clone")
     if (twice := table[table.duplicated(["arm", "seed", "step"])]).size:
         raise typer.BadParameter(f"arm {twice.arm.iloc[0]}, seed {twice.seed.iloc[0]} is in two of these runs, and a table "
                                  "holds one: export them one by one, each --to a file of its own")

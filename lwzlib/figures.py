@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lwzlib import intervals
-from lwzlib.runs import read_rows
+from lwzlib.runs import commit_of, read_rows
 
 matplotlib.rcParams.update({"svg.hashsalt": "lwzlib", "svg.fonttype": "none", "font.size": 9,
                             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
@@ -54,7 +54,7 @@ def made_by(stage: Path) -> dict:
     made, status = (json.loads((stage / f"{name}.json").read_text()) for name in ("provenance", "status"))
     asked = yaml.safe_load((stage / "recipe.yaml").read_text())
     return {"model": asked["model"]["name"], "arm": stage.parent.name, "seed": asked["seed"],
-            "fingerprint": status["fingerprint"], "commit": made["commit"], "hardware": made["hardware"],
+            "fingerprint": status["fingerprint"], "commit": commit_of(made), "hardware": made["hardware"],
             "versions": " ".join(f"{name} {v}" for name, v in made["versions"].items())}
 
 

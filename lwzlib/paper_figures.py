@@ -167,7 +167,7 @@ def _curves(table: pd.DataFrame, ax: Axes, column: str) -> None:
     drawn = False
     for arm in (arm for arm in RL_ARMS if column in table and table[table.arm == arm][column].notna().any()):
         rows, (colour, dash, marker), drawn = table[table.arm == arm].dropna(subset=column), ARMS[arm], True
-        tips = [f"{row['arm']}, seed {row['seed']}, commit {row['commit'][:9]}, {row['setting']}: step {row['step']}, "
+        tips = [f"{row['arm']}, seed {row['seed']}, commit {_short(row['commit'])}, {row['setting']}: step {row['step']}, "
                 f"{LABELS.get(column, column)} {row[column]:.3g}" for row in rows.to_dict("records")]
         tag(ax.plot(rows.step, rows[column], marker, color=colour, alpha=0.3, markersize=2.5)[0], "measured", tips)
         smooth = rows.pivot(index="step", columns="seed", values=column).rolling(WINDOW, center=True, min_periods=1).mean()
@@ -230,9 +230,13 @@ def _elo_lines(tables: Tables, ax: Axes, arms) -> bool:
     return bool(arms)
 
 
+def _short(commit: str) -> str:
+    return commit[:9] + commit[40:]  # and its +
+
+
 def runs_of(table: pd.DataFrame) -> str:
     """Seeds and commits of rows."""
-    seeds, commits = sorted(set(table.seed)), sorted({commit[:9] for commit in table.commit})
+    seeds, commits = sorted(set(table.seed)), sorted({_short(commit) for commit in table.commit})
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, commit {', '.join(commits)}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lwzlib import launch
 from lwzlib.recipe import Recipe
-from lwzlib.runs import RunError, write_atomic
+from lwzlib.runs import Run, RunError, status_of, write_atomic
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
@@ -26,8 +26,9 @@ class Step:
 def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str]) -> list[Step]:
     """The notebooks of a run in order, 05 once for each arm that is trained by RL."""
     common = {"recipe": source, "seed": seed, "run_dir": str(folder.resolve()), "overrides": overrides}
-    once = [Step(name, name, common) for name in ("00_start_here", "01_data_and_length_ranges", "02_reward_design",
-                                                  "03_writing_rm", "04_grpo_step_by_step")]
+    judge = ["03_writing_rm"] * any(stage == "writing-rm" for _, stage in launch.places(recipe))
+    once = [Step(name, name, common) for name in ("00_start_here", "01_data_and_length_ranges", "02_reward_design", *judge,
+                                                  "04_grpo_step_by_step")]
     arms = [Step("05_train_grpo", f"05_train_grpo_{arm}", common | {"arm": arm})
             for arm, asked in recipe.arms.items() if asked.algorithm == "grpo"]
     pretrained = any(arm.start == "continual-pretrain" for arm in recipe.arms.values())
@@ -38,17 +39,18 @@ def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[
 
 def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
     """Each of the recipe's `launch.places`: arm, stage, state, step of how many, seconds."""
-    return [_row(arm, stage, launch.stage_run(stage, recipe, root, seed, arm).status) for arm, stage in launch.places(recipe)]
+    return [_row(arm, stage, launch.stage_run(stage, recipe, root, seed, arm).folder) for arm, stage in launch.places(recipe)]
 
 
 def found(root: str | Path) -> list[dict]:
     """The same of the stages that were started in a run folder, the oldest first."""
     paths = sorted(Path(root).glob("**/status.json"), key=lambda path: (path.parent / "recipe.yaml").stat().st_mtime)
     names = [path.parent.relative_to(root).parts for path in paths]
-    return [_row("/".join(arm), stage, json.loads(path.read_text())) for path, (*arm, stage) in zip(paths, names, strict=True)]
+    return [_row("/".join(arm), stage, path.parent) for path, (*arm, stage) in zip(paths, names, strict=True)]
 
 
-def _row(arm: str, stage: str, status: dict) -> dict:
+def _row(arm: str, stage: str, folder: Path) -> dict:
+    status = status_of(folder)
     return {"arm": arm or "all arms", "stage": stage, "state": status.get("state", "to do"), "step": status.get("step"),
             "of": status.get("total"), "seconds": status.get("wall_s")}
 
@@ -71,8 +73,10 @@ def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[st
     of another recipe, else at the first failing cell."""
     from lwzlib import report
 
-    for arm, stage in launch.places(recipe):
-        launch.stage_run(stage, recipe, folder, seed, arm).check()
+    stages = {f"{arm}/{stage}": launch.stage_run(stage, recipe, folder, seed, arm) for arm, stage in launch.places(recipe)}
+    for stage in stages.values():
+        stage.check()
+    asked = [recipe.fingerprint(), *(stage.fingerprint for stage in stages.values())]
     os.environ |= launch.MALLOC  # of the kernels: some train a step or score with a model themselves
     show(folder, overview(recipe, folder, seed))
     executed = folder / "notebooks"
@@ -81,22 +85,27 @@ def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[st
     todo = steps(recipe, folder, seed, source, overrides)
     for number, step in enumerate(todo, 1):
         done = json.loads(record.read_text()) if record.exists() else {}
-        digest = _digest(recipe, step)
-        if done.get(step.output) == digest:
+        digest = _digest(step, asked)
+        was, *finished = done.get(step.output, [""])
+        if was == digest and set(finished) <= set(_finished(stages)):  # else somebody removed what it showed
             print(f"[{number}/{len(todo)}] {step.output}: already done", flush=True)
             continue
         print(f"[{number}/{len(todo)}] {step.output}", flush=True)
         _execute(step, executed / f"{step.output}.ipynb")
-        write_atomic(record, json.dumps(done | {step.output: digest}, indent=1))
+        write_atomic(record, json.dumps(done | {step.output: [digest, *_finished(stages)]}, indent=1))
     page = report.write(folder)
     show(folder, overview(recipe, folder, seed))
     print(f"done: open {page}")
     return page
 
 
-def _digest(recipe: Recipe, step: Step) -> str:
+def _finished(stages: dict[str, Run]) -> list[str]:
+    return [name for name, stage in stages.items() if stage.status.get("state") == "finished"]
+
+
+def _digest(step: Step, asked: list[str]) -> str:
     source = (NOTEBOOKS / f"{step.notebook}.ipynb").read_bytes()
-    return hashlib.sha256(source + json.dumps([recipe.fingerprint(), step.parameters]).encode()).hexdigest()[:16]
+    return hashlib.sha256(source + json.dumps([asked, step.parameters]).encode()).hexdigest()[:16]
 
 
 def _execute(step: Step, output: Path) -> None:

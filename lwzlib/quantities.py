@@ -233,7 +233,7 @@ class Sft(Section):
     human_passages: Count  # for `made`
     max_tokens: Positive
     epochs: Positive
-    batch_documents: Positive
+    batch_sequences: Positive  # each of up to max_tokens, with whole documents packed into it
     learning_rate: Rate
     lora: Lora
     checkpoint_every_steps: Positive
@@ -252,7 +252,7 @@ class Evaluation(Section):
     """How the arena rates what was written for the held-out queries."""
 
     every_steps: Count  # RL steps between two ratings of the policy; 0 = before and after RL alone
-    tie_margin: Annotated[float, Field(ge=0)]  # Writing RM scores that differ by no more are a tie
+    tie_margin: Annotated[float, Field(ge=0)]  # in notebook 09: Writing RM scores that differ by no more are a tie
 
 
 class Arm(Section):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lwzlib import figures
 from lwzlib import recipe as recipes
 from lwzlib.overlap import find_overlap
-from lwzlib.runs import RunError, read_rows, write_atomic
+from lwzlib.runs import RunError, read_rows, status_of, write_atomic
 from lwzlib.text import parse
 
 
@@ -120,7 +120,7 @@ def _stages(folder: Path) -> list[dict]:
     """Each stage in the order in which they were started, with its status and provenance."""
     found = []
     for path in folder.glob("**/provenance.json"):
-        status = json.loads((path.parent / "status.json").read_text())
+        status = status_of(path.parent)
         made = json.loads(path.read_text())
         machine = ", ".join([made["hardware"], f"Python {made['python']}", *(f"{k} {v}" for k, v in made["versions"].items())])
         found.append({"stage": str(path.parent.relative_to(folder)), "machine": machine} | status | made)

@@ -98,7 +98,9 @@ class Run:
             if not self.status:
                 write_atomic(self.folder / "recipe.yaml", yaml.safe_dump(self._asked(), allow_unicode=True))
                 write_atomic(self.folder / "provenance.json", json.dumps(provenance(), indent=1))
-            self.update(state="running", pid=os.getpid())
+            else:
+                self._resumed(provenance())
+            self.update(state="running", pid=os.getpid(), host=platform.node())
             started, before = time.time(), self.status.get("wall_s", 0.0)
             state = "failed"
             try:
@@ -110,6 +112,14 @@ class Run:
             finally:
                 with contextlib.suppress(OSError, RunError):  # a full disk must not hide the error that it caused
                     self.update(state=state, wall_s=round(before + time.time() - started, 1))
+
+    def _resumed(self, made: dict) -> None:
+        """Keep with the provenance what else made the rest of the rows: another commit, changed files, other versions."""
+        path = self.folder / "provenance.json"
+        before = json.loads(path.read_text())
+        last = [before, *before.get("resumed", [])][-1]
+        if any(last[key] != made[key] for key in ("commit", "uncommitted_changes", "versions")):
+            write_atomic(path, json.dumps(before | {"resumed": [*before.get("resumed", []), made]}, indent=1))
 
     def update(self, **changes) -> None:
         """Set keys of `status.json`, keep the others; in the main process alone. Raises RunError if the disk is full."""
@@ -190,6 +200,18 @@ def _disk(error: OSError, path: Path) -> RunError:
                     "and the run goes on from its last checkpoint")
 
 
+def status_of(folder: Path) -> dict:
+    """The `status.json` of a stage, {} before its first start. A stage that was killed left the state "running": it is "killed"
+    here, if it ran on this machine and nobody holds its lock."""
+    path = folder / "status.json"
+    status = json.loads(path.read_text()) if path.exists() else {}
+    if status.get("state") == "running" and status.get("host") == platform.node():
+        with contextlib.suppress(OSError), (folder / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status["state"] = "killed"
+    return status
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path`. Raises RunError if another process still has it after 15 seconds."""
@@ -232,6 +254,12 @@ class Stop:
             raise KeyboardInterrupt
 
 
+def commit_of(made: dict) -> str | None:
+    """The commit of a `provenance.json`, with a + where it is not the whole truth: files were changed, or the run was resumed
+    with others."""
+    changed = made["uncommitted_changes"] or any(
+        later["commit"] != made["commit"] or later["uncommitted_changes"] for later in made.get("resumed", []))
+    return f"{made['commit']}+" if made["commit"] and changed else made["commit"]
 
 
 def provenance() -> dict:

@@ -1,7 +1,8 @@
 """The baseline: supervised fine-tuning on long answers, by TRL's SFTTrainer.
 
 The paper fine-tunes the base and the continually pretrained model on long answers in LongWriter's form (`messages`), and
-finds that it does not profit from continual pretraining as RL does. Loss on the answer alone; documents are packed.
+finds that it does not profit from continual pretraining as RL does. Loss on the answer alone; documents are packed, and one
+that is longer than a sequence is cut.
 Small models cannot write LongWriter's answers. `sft.data: made` takes the best completions of the distilled arm, without
 their plans, and passages written by people, with a request worded for each.
 """
@@ -35,7 +36,7 @@ def train_sft(recipe: Recipe, run: Run, arm: str, start: str, distilled: Path | 
         last = train.resumed(run, "metrics")
         config = SFTConfig(
             num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, lr_scheduler_type="cosine",
-            per_device_train_batch_size=asked.batch_documents, max_length=asked.max_tokens, packing=True,
+            per_device_train_batch_size=asked.batch_sequences, max_length=asked.max_tokens, packing=True,
             packing_strategy="bfd", **train.checkpoints(asked.checkpoint_every_steps), **train.arguments(recipe, run))
         with config.main_process_first(local=False):
             if not run.rows("data"):
@@ -44,10 +45,13 @@ def train_sft(recipe: Recipe, run: Run, arm: str, start: str, distilled: Path | 
         model, tokenizer = train.load(recipe, start)
         documents = [_document(recipe, recipe.arm(arm).prompt, row, f"{asked.data}, row {i}", tokenizer)
                      for i, row in enumerate(run.rows("data"), 1)]
+        read = tokenizer([document["prompt"] + document["completion"] for document in documents]).input_ids
+        cut = sum(len(ids) > asked.max_tokens for ids in read)
+        print(f"sft: {len(documents)} documents; {cut} are cut, longer than sft.max_tokens = {asked.max_tokens}")
         trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(documents), processing_class=tokenizer,
                              callbacks=[train.Rows(run, train.SFT_COLUMNS)], peft_config=train.lora(asked.lora))
         train.save(train.go(trainer, last), trainer, run)
-        run.update(documents=len(documents))
+        run.update(documents=len(documents), documents_cut=cut)
     return run.folder / "model"
 
 

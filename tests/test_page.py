@@ -28,7 +28,7 @@ def run_folder(folder, fingerprint, steps=3, commit=made.ABOUT["commit"]):
             {"seed": 0, "model": {"name": "kit:tiny"}, "grpo": {"steps": steps},
              "inputs": {"algorithm": "grpo", "start": "base"}}))
         (arm / stage / "provenance.json").write_text(json.dumps(
-            {"commit": commit, "hardware": "a desk", "versions": {"torch": "9.9"}}))
+            {"commit": commit, "uncommitted_changes": False, "hardware": "a desk", "versions": {"torch": "9.9"}}))
     text = {"completion": f"<think>Plan <script>window.hacked=1</script></think><answer>First a thing. {LOOP}</answer>",
             "answer_words": 21, "think_words": 2, "length": 0.5, "writing": 1.0, "format": 0.4, "truncated": False}
     write_rows(arm / "grpo" / "metrics.jsonl", [{"step": i, "length": 0.1 * i} for i in (1, 2, 3)])

@@ -59,6 +59,42 @@ def test_running_again_does_nothing_again(smoke_run, smoke):
     assert again.stdout.count("already done") == len(pipeline.steps(smoke, smoke_run, 0, "smoke", []))
 
 
+def test_what_was_removed_is_done_again(smoke_run, smoke, tmp_path, monkeypatch):
+    """Also the notebooks that showed it: each remembers which stages were finished when it ended."""
+    shutil.copytree(smoke_run, folder := tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "notebooks"))
+    executed = []
+    monkeypatch.setattr(pipeline, "_execute", lambda step, output: executed.append(step.output))
+    shutil.move(folder / "base-think", tmp_path / "base-think")  # a run that is not that far
+    pipeline.run(smoke, folder, 0, "smoke", [])
+    before, rest = executed[: executed.index("05_train_grpo_base-think")], executed[executed.index("06_think_vs_nothink") :]
+    executed.clear()
+    shutil.move(tmp_path / "base-think", folder / "base-think")
+    (folder / "notebooks" / "done.json").unlink()
+    pipeline.run(smoke, folder, 0, "smoke", [])
+    assert executed[: len(before)] == before and executed[-len(rest) :] == rest
+    executed.clear()
+    pipeline.run(smoke, folder, 0, "smoke", [])
+    assert executed == []
+    shutil.rmtree(folder / "base-think" / "grpo")
+    pipeline.run(smoke, folder, 0, "smoke", [])
+    assert "05_train_grpo_base-think" in executed and rest[0] in executed
+
+
+@pytest.mark.parametrize("notebook", ["02_reward_design", "03_writing_rm", "04_grpo_step_by_step"])
+def test_a_notebook_that_shows_all_rewards_runs_whatever_the_recipe_pays_for(smoke_run, tmp_path, notebook):
+    paid = ["reward.weights.length=0", "reward.weights.writing=0", "grpo.loss=dr_grpo", "grpo.advantage=sum"]
+    papermill.execute_notebook(
+        ROOT / "notebooks" / f"{notebook}.ipynb", tmp_path / "out.ipynb", kernel_name="python3", cwd=tmp_path,
+        progress_bar=False, parameters={"recipe": "smoke", "run_dir": str(smoke_run), "overrides": paid})
+    said = "".join(str(output) for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for output in cell.get("outputs", []))
+    assert notebook[:2] != "04" or "equal the trainer's: True" in said
+
+
+def test_a_run_that_pays_no_judge_trains_none(smoke, tmp_path):
+    unpaid = recipe.load("smoke", "reward.weights.writing=0")
+    assert "03_writing_rm" not in [step.notebook for step in pipeline.steps(unpaid, tmp_path, 0, "smoke", [])]
+
+
 def test_first_error_names_the_cell_and_stops(smoke, tmp_path):
     done = lwz("run", "smoke", "--run-dir", tmp_path, "-s", "model.name=/no/such/model")
     assert done.returncode == 1
@@ -123,12 +159,18 @@ def test_only_a_whole_run_is_exported_and_nothing_of_another_stays(smoke_run, tm
     shutil.copytree(smoke_run / "base-think" / "grpo", arm / "grpo", ignore=shutil.ignore_patterns("model", "checkpoints"))
     stale = to.with_stem("mine_held_out")
     stale.write_text("of another run\n")
-    assert "must end in .csv" in lwz("export", arm.parent, "--to", tmp_path / "mine").stderr
+    for name in ("mine", "mine_held_out.csv"):
+        assert "must end in .csv" in lwz("export", arm.parent, "--to", tmp_path / name).stderr
     assert lwz("export", arm.parent, "--to", to).returncode == 0 and to.exists() and not stale.exists()
     status = json.loads((arm / "grpo" / "status.json").read_text())
     (arm / "grpo" / "status.json").write_text(json.dumps(status | {"state": "running", "step": 3}))
     again = lwz("export", arm.parent, "--to", to)
-    assert again.returncode == 2 and "is running, at step 3 of 4" in " ".join(again.stderr.replace("│", " ").split())
+    assert again.returncode == 2 and "is killed, at step 3 of 4" in " ".join(again.stderr.replace("│", " ").split())
+    (arm / "grpo" / "status.json").write_text(json.dumps(status))
+    made = json.loads((arm / "grpo" / "provenance.json").read_text())
+    (arm / "grpo" / "provenance.json").write_text(json.dumps(made | {"commit": None, "uncommitted_changes": None}))
+    again = lwz("export", arm.parent, "--to", tmp_path / "new.csv")
+    assert again.returncode == 2 and "know no commit" in again.stderr and not (tmp_path / "new.csv").exists()
 
 
 def test_evaluation_takes_another_judge_and_another_model(smoke_run, llm_server, tmp_path, monkeypatch):

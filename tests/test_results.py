@@ -105,7 +105,8 @@ def test_mixture_of_a_run_is_exported_with_its_provenance(tmp_path):
         "seed": 4, "model": {"name": "kit:tiny"}, "pretrain": {"cot_token_fraction": 0.2}, "inputs": {},
         "corpus": {"sources": [{"at": "a", "language": "en", "weight": 1.0}]}}))
     (pack / "status.json").write_text(json.dumps({"fingerprint": "a" * 16}))
-    (pack / "provenance.json").write_text(json.dumps({"commit": "b" * 40, "hardware": "a desk", "versions": {"torch": "9"}}))
+    (pack / "provenance.json").write_text(json.dumps({
+        "commit": "b" * 40, "uncommitted_changes": False, "hardware": "a desk", "versions": {"torch": "9"}}))
     write_rows(pack / "shards.jsonl", [{"sequences": 1, "padding": 0, "tokens": {"a (en)": 80, "cot": 20}, "epochs": {}}])
     made.write(tmp_path / "rows", "mine", mixture=results.mixture_rows(tmp_path / "run"))
     found = results.read(tmp_path / "rows").mixture.set_index("source")

@@ -145,3 +145,35 @@ def test_a_folder_in_use_is_refused_and_free_again_later(tmp_path):
         assert _run(tmp_path).status == before
     _finish(tmp_path)
     assert _run(tmp_path).finished
+
+
+def test_a_stage_that_was_killed_is_not_said_to_run(tmp_path):
+    stage = tmp_path / "stage"
+    assert runs.status_of(stage) == {}
+    with _run(tmp_path).work():
+        assert runs.status_of(stage)["state"] == "running"
+        left = (stage / "status.json").read_text()
+    assert runs.status_of(stage)["state"] == "finished"
+    (stage / "status.json").write_text(left)  # as a kill leaves it
+    assert runs.status_of(stage)["state"] == "killed"
+    elsewhere = json.loads(left) | {"host": "another machine"}  # its lock may not be seen here
+    (stage / "status.json").write_text(json.dumps(elsewhere))
+    assert runs.status_of(stage)["state"] == "running"
+
+
+def test_rows_that_several_commits_made_name_none_as_the_whole_truth(tmp_path, monkeypatch):
+    def work(commit, dirty, versions="1"):
+        made = {"commit": commit, "uncommitted_changes": dirty, "versions": {"torch": versions}}
+        monkeypatch.setattr(runs, "provenance", lambda: made)
+        with contextlib.suppress(ValueError), _run(tmp_path).work():
+            raise ValueError
+        return json.loads((tmp_path / "stage" / "provenance.json").read_text())
+
+    assert runs.commit_of(work("a" * 40, False)) == "a" * 40
+    assert runs.commit_of(work("a" * 40, False)) == "a" * 40, "the same again is no change"
+    assert "resumed" not in work("a" * 40, False)
+    assert runs.commit_of(work("a" * 40, False, "2")) == "a" * 40, "versions are kept, and are no change of the code"
+    found = work("b" * 40, False, "2")
+    assert runs.commit_of(found) == "a" * 40 + "+" and [each["commit"] for each in found["resumed"]] == ["a" * 40, "b" * 40]
+    assert runs.commit_of({"commit": "a" * 40, "uncommitted_changes": True}) == "a" * 40 + "+"
+    assert runs.commit_of({"commit": None, "uncommitted_changes": None}) is None
