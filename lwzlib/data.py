@@ -5,6 +5,7 @@ queries of its own (252 for training, 72 held out; English and Chinese 2:1; the 
 it, with ranges set by hand, and a short variant of each for models that can only write a paragraph.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,9 @@ from lwzlib.text import language_of
 QUERIES = Path(__file__).parent / "queries"
 DOMAINS = {"D1": "Academic & Engineering", "D2": "Finance & Business", "D3": "Politics & Law",
            "D4": "Literature & Art", "D5": "Education", "D6": "Advertising & Marketing"}
+
+
+_MIB = 2**20
 
 
 class DataError(ValueError):
@@ -79,7 +83,26 @@ def of_recipe(recipe: Recipe) -> list[Query]:
             if query.word_range[1] >= longest:
                 raise DataError(f"{source}, query {query.id!r}: word_range {list(query.word_range)} must end below "
                                 f"reward.length.max_words = {longest}")
+    seen = {query.query: query.id for query in train}
+    if both := next((query for query in asked[recipe.data.heldout] if query.query in seen), None):
+        raise DataError(f"{recipe.data.heldout}, query {both.id!r} is also trained on (query {seen[both.query]!r} of "
+                        f"{recipe.data.train}): held-out queries must be others")
     return [*train, *asked[recipe.data.heldout]]
+
+
+def digest_of(path: str) -> str:
+    """Hex digest of a file, or of all in a folder: names, sizes, and of the first 64 the first and the last MiB, so that even
+    weights and corpora take no time."""
+    found, files = hashlib.sha256(), sorted(file for file in Path(path).rglob("*") if file.is_file()) or [Path(path)]
+    for i, file in enumerate(files):
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(path)} {size}\n".encode())
+        if i < 64:
+            with file.open("rb") as content:
+                found.update(content.read(_MIB))
+                content.seek(max(size - _MIB, _MIB))
+                found.update(content.read(_MIB))
+    return found.hexdigest()[:16]
 
 
 def validated(place: str, row, kind: type[BaseModel] = Query):

@@ -6,7 +6,6 @@ Of an arm: samples before, then GRPO or SFT, then samples of the policy during G
 """
 
 import contextlib
-import hashlib
 import os
 import signal
 import subprocess
@@ -71,6 +70,9 @@ def stage_run(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
         sections, about = _sections(stage, asked, arm), asked.arm(arm).model_dump(exclude={"change"})
     else:
         raise RunError(f"arm {arm!r} has no stage {stage!r}; it has {', '.join(arm_stages(recipe, arm))}")
+    if own and arm and recipe.arm(arm).change:  # its sections do not say what the arm starts from
+        about |= {f"{of or 'shared'}/{other}": stage_run(other, recipe, root, seed, of).fingerprint
+                  for other, of in needs(stage, recipe, arm)}
     return Run(Path(root) / (arm if own else "") / stage, asked, seed, sections, _inputs(asked, sections) | about)
 
 
@@ -90,13 +92,16 @@ def _sections(stage: str, recipe: Recipe, arm: str) -> tuple[str, ...]:
 
 
 def _inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict:
-    """Digests of the files that a result depends on, and what the arm changes whose texts are distilled. Raises DataError."""
-    files = {"pairs_digest": ("writing_rm", recipe.writing_rm.pairs), "sft_digest": ("sft", recipe.sft.data)}
+    """Digests of the queries and files that a result depends on, and what the arm changes whose texts are distilled. Raises
+    DataError."""
+    rm, judge = recipe.writing_rm, recipe.reward.writing
+    files = {"model": [recipe.model.name], "writing_rm": [rm.model, rm.pairs, *rm.corpora], "reward": [judge.model],
+             "sft": [recipe.sft.data]}  # not corpus.sources: at scale they go once they are packed
     taught = {f"{name} changes": arm.change for name, arm in recipe.arms.items() if name == recipe.cot.arm and arm.change}
     queries = [query.model_dump(mode="json") for query in data.of_recipe(recipe)]
     return {"queries_digest": recipe.fingerprint("data", queries=queries)} | (taught if "cot" in sections else {}) | {
-        name: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-        for name, (section, path) in files.items() if section in sections and Path(path).is_file()}
+        f"{path} holds": data.digest_of(path) for section in sections for path in files.get(section, [])
+        if path not in ("", "made", "stage") and Path(path).exists()}
 
 
 def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Path:

@@ -226,7 +226,8 @@ def assigned(overrides) -> dict[str, Any]:
 
 
 def _put(tree: dict, name: str, value: Any) -> None:
-    if name not in (known := flatten(tree)):
+    known = flatten(tree)
+    if name not in known and not (value is None and any(other.startswith(f"{name}.") for other in known)):
         raise RecipeError(f"no quantity {name!r} in the recipe{nearest(name, known)}")
     while name not in tree:  # the keys of an arm's `change` have dots themselves
         section, _, name = name.partition(".")

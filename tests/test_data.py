@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from lwzlib import data
+from lwzlib import data, recipe
 from lwzlib.data import DataError
 from lwzlib.text import has_han
 
@@ -120,3 +120,28 @@ def test_no_query_left_is_an_error(tmp_path):
         data.load(_file(tmp_path, GOOD), ["zh"])
     with pytest.raises(DataError, match="no query"):
         data.load(_file(tmp_path))
+
+
+def test_a_held_out_query_that_is_trained_on_is_refused(tmp_path):
+    train, heldout = _file(tmp_path, GOOD), tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps(GOOD | {"id": "b"}) + "\n")
+    asked = recipe.load("smoke", {"data.train": train, "data.heldout": str(heldout), "grpo.queries_per_step": 1})
+    with pytest.raises(DataError, match=r"heldout.jsonl, query 'b' is also trained on \(query 'a' of .*mine.jsonl\)"):
+        data.of_recipe(asked)
+
+
+def test_digest_sees_names_sizes_and_both_ends_of_large_files(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"x" * (5 * 2**20))
+    first = data.digest_of(str(folder))
+    for at in (0, 2**20 - 1, -1, 4 * 2**20):
+        content = bytearray(b"x" * (5 * 2**20))
+        content[at] = 0
+        (folder / "a.txt").write_bytes(content)
+        assert data.digest_of(str(folder)) != first, at
+    (folder / "a.txt").write_bytes(b"x" * (5 * 2**20))
+    assert data.digest_of(str(folder)) == first == data.digest_of(str((folder / "..").resolve() / "texts"))
+    (folder / "a.txt").rename(folder / "b.txt")
+    assert data.digest_of(str(folder)) != first
+    assert data.digest_of(str(folder / "b.txt")) != data.digest_of(_file(tmp_path, GOOD))

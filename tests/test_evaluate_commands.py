@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lwzlib import cli
+from lwzlib.data import DataError
 from lwzlib.evaluate import arena, elo
 from lwzlib.evaluate.elo import ArenaError
 from lwzlib.runs import read_rows, write_rows
@@ -54,6 +55,13 @@ def test_a_sheet_is_written_for_a_rater_and_its_export_becomes_judgments(run_dir
     assert "5 judgments" in lwz("unblind", export, run_dir / "rate.key.json", "--to", run_dir / "ann.jsonl")
     found = arena.recorded(run_dir / "ann.jsonl")
     assert set(found.judge) == {"Ann"} and set(found.winner) == {"first"} and len(found) == 5
+    other = run_dir / "bob.json"
+    other.write_text(export.read_text().replace("Ann", "Bob"))
+    with pytest.raises(DataError, match=r"ann.jsonl holds the judgments of Ann: give --to another file"):
+        lwz("unblind", other, run_dir / "rate.key.json", "--to", run_dir / "ann.jsonl")
+    lwz("unblind", other, run_dir / "rate.key.json")
+    for name in ("Ann", "Bob"):
+        assert set(arena.recorded(run_dir / f"{name.lower()}.jsonl").judge) == {name}
 
 
 def test_a_folder_without_samples_says_so(tmp_path):

@@ -189,6 +189,29 @@ def test_what_the_teacher_changes_makes_other_documents(smoke, tmp_path):
     assert fingerprint("corpus", same) == fingerprint("corpus", other)
 
 
+def test_what_an_arm_starts_from_is_part_of_it_also_where_the_arm_changes_the_same_quantity(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: smoke\nname: mine\narms:\n  base-think: {start: base, prompt: think}\n"
+                    "  with-kl: {start: continual-pretrain, prompt: think, change: {grpo.kl_beta: 0.001}}\n")
+    before, after = (recipe.load(str(path), {"grpo.kl_beta": beta}) for beta in (0.0, 0.01))
+    for stage in arm_stages(before, "with-kl"):
+        first, second = (stage_run(stage, r, tmp_path, 0, "with-kl").fingerprint for r in (before, after))
+        assert first != second, f"{stage}: the teacher of its pretraining is another"
+
+
+def test_files_that_a_result_depends_on_are_part_of_it(smoke_rm, tmp_path):
+    shutil.copytree(smoke_rm / "writing-rm" / "model", judge := tmp_path / "judge")
+    (text := tmp_path / "texts.txt").write_text("A street at noon.")
+    r = recipe.load("smoke", {"reward.writing.model": str(judge), "writing_rm.corpora": [str(text)]})
+    stages = ("writing-rm", "grpo", "samples-after")
+    before = [stage_run(stage, r, tmp_path, 0, "base-think").fingerprint for stage in stages]
+    text.write_text("A street by night.")
+    after = [stage_run(stage, r, tmp_path, 0, "base-think").fingerprint for stage in stages]
+    (judge / "writing_rm.json").write_text((judge / "writing_rm.json").read_text() + "\n")
+    last = [stage_run(stage, r, tmp_path, 0, "base-think").fingerprint for stage in stages]
+    assert not set(before) & set(after) and after[0] == last[0] and not set(after[1:]) & set(last[1:])
+
+
 def test_an_arm_rates_its_policy_as_often_as_it_says(smoke):
     never = with_arms(smoke, mine={"evaluation.every_steps": 0})
     assert "samples-during" in arm_stages(never, "base-think") and "samples-during" not in arm_stages(never, "mine")

@@ -171,3 +171,10 @@ def test_the_arms_of_the_readme_are_a_recipe(tmp_path):
     path.write_text(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)[1])
     mine = recipe.load(path)
     assert {"base-think", "with-kl"} <= set(mine.arms) and mine.for_arm("with-kl").grpo.kl_beta == 0.001
+
+
+def test_a_section_that_may_be_absent_is_taken_away_by_its_name(tmp_path):
+    mine = _write(tmp_path, "extends: smoke\nname: mine\ncorpus: {slurm: {partition: cpu, time: '1:00:00', memory_gb: 8}}\n")
+    assert recipe.load(mine).corpus.slurm and recipe.load(mine, "corpus.slurm=null").corpus.slurm is None
+    with pytest.raises(RecipeError, match="corpus"):
+        recipe.load(mine, "corpus=null")

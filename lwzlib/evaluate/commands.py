@@ -154,12 +154,17 @@ def rate(run_dir: RunDir, to: Path = Path("rate.html"), pairs_per_query: int = 1
 
 
 @app.command()
-def unblind(export: Path, key: Path, to: Path = Path("judgments.jsonl")):
+def unblind(export: Path, key: Path,
+            to: Annotated[Path | None, typer.Option(help="The judgments; default: the export's name, with .jsonl.")] = None):
     """Turn what a rater exported into the arena's judgments, for `lwz elo`."""
     from lwzlib import rate as sheets
-    from lwzlib.runs import write_rows
+    from lwzlib.data import DataError
+    from lwzlib.runs import read_rows, write_rows
 
-    rows = sheets.unblind(export, key)
+    rows, to = sheets.unblind(export, key), to or export.with_suffix(".jsonl")
+    if others := {row["judge"] for row in read_rows(to)} - {row["judge"] for row in rows}:
+        raise DataError(f"{to} holds the judgments of {', '.join(sorted(others))}: give --to another file (`lwz elo` takes "
+                        "several)")
     write_rows(to, rows)
     out.print(f"{to}: {len(rows)} judgments", highlight=False)
 
