@@ -90,13 +90,15 @@ def of_recipe(recipe: Recipe) -> list[Query]:
     return [*train, *asked[recipe.data.heldout]]
 
 
-def digest_of(path: str) -> str:
-    """Hex digest of a file, or of all in a folder: names, sizes, and of the first 64 the first and the last MiB, so that even
-    weights and corpora take no time."""
-    found, files = hashlib.sha256(), sorted(file for file in Path(path).rglob("*") if file.is_file()) or [Path(path)]
-    for i, file in enumerate(files):
-        size = file.stat().st_size
-        found.update(f"{file.relative_to(path)} {size}\n".encode())
+def digest_of(path: str | Path) -> str:
+    """Hex digest of a file, or of a folder's files but hidden ones: names, sizes, and of the first 64 the first and the last
+    MiB, so that even weights and corpora take no time."""
+    found, root = hashlib.sha256(), Path(path)
+    files = {file.relative_to(root): file for file in ([root] if root.is_file() else sorted(root.rglob("*"))) if file.is_file()}
+    shown = (name for name in files if not any(part.startswith(".") for part in name.parts))  # a download keeps its own notes
+    for i, name in enumerate(shown):
+        file, size = files[name], files[name].stat().st_size
+        found.update(f"{name} {size}\n".encode())
         if i < 64:
             with file.open("rb") as content:
                 found.update(content.read(_MIB))

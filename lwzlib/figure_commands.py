@@ -43,7 +43,7 @@ def export(run_dirs: list[Path],
             if row["state"] != "finished":
                 at = f", at step {row['step']} of {row['of']}" if row["of"] else ""
                 raise typer.BadParameter(f"{folder}: {row['stage']} of {row['arm']} is {row['state']}{at}; `lwz run` goes on "
-                                         "with it")
+                                         "with it; remove its folder if the recipe asks for it no more")
     table = pd.concat([draw.run_table(folder) for folder in run_dirs], ignore_index=True)
     if table.empty:
         raise typer.BadParameter(f"no GRPO rows in {', '.join(map(str, run_dirs))}")

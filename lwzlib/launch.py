@@ -94,14 +94,14 @@ def _sections(stage: str, recipe: Recipe, arm: str) -> tuple[str, ...]:
 def _inputs(recipe: Recipe, sections: tuple[str, ...]) -> dict:
     """Digests of the queries and files that a result depends on, and what the arm changes whose texts are distilled. Raises
     DataError."""
-    rm, judge = recipe.writing_rm, recipe.reward.writing
-    files = {"model": [recipe.model.name], "writing_rm": [rm.model, rm.pairs, *rm.corpora], "reward": [judge.model],
-             "sft": [recipe.sft.data]}  # not corpus.sources: at scale they go once they are packed
+    rm, reward = recipe.writing_rm, recipe.reward
+    files = {"model": [recipe.model.name], "writing_rm": [rm.model, rm.pairs, *rm.corpora], "sft": [recipe.sft.data],
+             "reward": [reward.writing.model, reward.format.encoder]}  # not corpus.sources: at scale they go once packed
     taught = {f"{name} changes": arm.change for name, arm in recipe.arms.items() if name == recipe.cot.arm and arm.change}
     queries = [query.model_dump(mode="json") for query in data.of_recipe(recipe)]
     return {"queries_digest": recipe.fingerprint("data", queries=queries)} | (taught if "cot" in sections else {}) | {
-        f"{path} holds": data.digest_of(path) for section in sections for path in files.get(section, [])
-        if path not in ("", "made", "stage") and Path(path).exists()}
+        f"{path} holds": data.digest_of(full) for section in sections for path in files.get(section, [])
+        if path not in ("", "made", "stage") and (full := Path(path).expanduser()).exists()}
 
 
 def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Path:

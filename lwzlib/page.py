@@ -83,7 +83,7 @@ def run_list(tables: Tables, runs: Path) -> list[dict]:
 
 def _mark(stage: Path) -> tuple[str, str]:
     made = figures.made_by(stage)
-    return made["fingerprint"], made["commit"]
+    return made["fingerprint"], str(made["commit"]).rstrip("+")
 
 
 def _asked(arm: Path) -> dict[str, str]:
@@ -108,7 +108,8 @@ def _run(setting: str, arm: str, seed: int, rl: pd.DataFrame, held_out: pd.DataF
                       if name in of and of[name].notna().any()}
     return {"name": f"{setting}: {arm}, seed {seed}", "setting": setting, "arm": arm, "seed": int(seed), "steps": len(rl),
             "about": about, "curves": curves, "means": {name: round(float(value), 4) for name, value in means.items()},
-            "marks": {mark for table in known for mark in zip(table.fingerprint, table.commit, strict=True)}}
+            "marks": {(fingerprint, str(commit).rstrip("+")) for table in known
+                      for fingerprint, commit in zip(table.fingerprint, table.commit, strict=True)}}
 
 
 def completions(arm: Path, budget: int) -> tuple[list[dict], int]:

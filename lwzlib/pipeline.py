@@ -83,16 +83,18 @@ def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[st
     executed.mkdir(parents=True, exist_ok=True)
     record = executed / "done.json"
     todo = steps(recipe, folder, seed, source, overrides)
+    done = json.loads(record.read_text()) if record.exists() else {}  # output: its digest, and what was finished when it ended
+    done = {output: said for output, said in done.items() if set(said[1:]) <= set(_finished(stages))}  # else it was removed
+    write_atomic(record, json.dumps(done, indent=1))
     for number, step in enumerate(todo, 1):
-        done = json.loads(record.read_text()) if record.exists() else {}
         digest = _digest(step, asked)
-        was, *finished = done.get(step.output, [""])
-        if was == digest and set(finished) <= set(_finished(stages)):  # else somebody removed what it showed
+        if done.get(step.output, [""])[0] == digest:
             print(f"[{number}/{len(todo)}] {step.output}: already done", flush=True)
             continue
         print(f"[{number}/{len(todo)}] {step.output}", flush=True)
         _execute(step, executed / f"{step.output}.ipynb")
-        write_atomic(record, json.dumps(done | {step.output: [digest, *_finished(stages)]}, indent=1))
+        done[step.output] = [digest, *_finished(stages)]
+        write_atomic(record, json.dumps(done, indent=1))
     page = report.write(folder)
     show(folder, overview(recipe, folder, seed))
     print(f"done: open {page}")

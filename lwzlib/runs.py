@@ -268,7 +268,8 @@ def provenance() -> dict:
     def git(*words):
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    code = ("lwzlib", "recipes", "notebooks", "pyproject.toml", "constraints.txt")  # what can change a result
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", *code)
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -45,7 +45,7 @@ def train_sft(recipe: Recipe, run: Run, arm: str, start: str, distilled: Path | 
         model, tokenizer = train.load(recipe, start)
         documents = [_document(recipe, recipe.arm(arm).prompt, row, f"{asked.data}, row {i}", tokenizer)
                      for i, row in enumerate(run.rows("data"), 1)]
-        read = tokenizer([document["prompt"] + document["completion"] for document in documents]).input_ids
+        read = tokenizer([row["prompt"] + row["completion"] + tokenizer.eos_token for row in documents]).input_ids
         cut = sum(len(ids) > asked.max_tokens for ids in read)
         print(f"sft: {len(documents)} documents; {cut} are cut, longer than sft.max_tokens = {asked.max_tokens}")
         trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(documents), processing_class=tokenizer,

@@ -142,6 +142,11 @@ def test_digest_sees_names_sizes_and_both_ends_of_large_files(tmp_path):
         assert data.digest_of(str(folder)) != first, at
     (folder / "a.txt").write_bytes(b"x" * (5 * 2**20))
     assert data.digest_of(str(folder)) == first == data.digest_of(str((folder / "..").resolve() / "texts"))
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "note").write_text("when it was downloaded")
+    assert data.digest_of(folder) == first, "hidden files are no content"
     (folder / "a.txt").rename(folder / "b.txt")
     assert data.digest_of(str(folder)) != first
     assert data.digest_of(str(folder / "b.txt")) != data.digest_of(_file(tmp_path, GOOD))
+    (tmp_path / "empty").mkdir()
+    assert data.digest_of(tmp_path / "empty"), "whoever reads it says what it lacks"

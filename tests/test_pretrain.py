@@ -86,8 +86,11 @@ def test_killed_fine_tuning_gives_the_rows_and_weights_of_an_uninterrupted_run(s
     r = recipe.load("smoke", {"sft.data": str(data), "sft.epochs": 3, "sft.checkpoint_every_steps": 2, "sft.max_tokens": 300})
     whole = run_stage("sft", r, tmp_path / "whole", 0, "sft")
     run = killed_then_finished("sft", r, tmp_path / "killed", map(at_step, (1, 5, 9)), "sft")
-    rows = stage_run("sft", r, tmp_path / "whole", 0, "sft").rows()
+    one = stage_run("sft", r, tmp_path / "whole", 0, "sft")
+    rows = one.rows()
     assert comparable(run.rows()) == comparable(rows) and len(rows) > 12 and rows[-1]["loss"] < rows[0]["loss"]
+    cut = run.status["documents_cut"]
+    assert cut == one.status["documents_cut"] and 0 < cut < 40 == run.status["documents"], "the longest do not fit"
     assert weights(run.folder / "model") == weights(whole)
 
 

@@ -166,6 +166,7 @@ def begin(tab, page, name="Ann Lee"):
     for letter in name:
         tab.key(letter)  # the field has the focus
     tab.key("Enter")
+    until(lambda: name in seen(tab, "#rater"), "the first pair")
 
 
 def shown(tab):
@@ -254,10 +255,29 @@ def test_import_goes_on_elsewhere_and_refuses_what_does_not_fit(session, tmp_pat
         for letter in "Cy":
             tab.key(letter)
         tab.key("Enter")
-        assert "Pair 1 of 8; no choice yet; 0 of 8 rated" in seen(tab, "#news")
+        until(lambda: "Pair 1 of 8; no choice yet; 0 of 8 rated" in seen(tab, "#news"), "her first pair")
         for _ in range(8):
             tab.key("ArrowRight")
         assert json.loads(download(tab, downloads).read_text())["choices"] == {} and not tab.errors
+
+
+def test_what_a_rater_chose_in_another_tab_is_found(session):
+    page, start, _ = session
+    with start() as tab:
+        tab.open(page.as_uri())
+        ready(tab)  # this tab has read what the browser keeps; now another one adds to it
+        tab.js("""new Promise(done => {
+          const change = base.transaction("kept", "readwrite");
+          change.objectStore("kept").put({choices: {p1: "left", p2: "tie"}, at: 2}, "rater:Ann Lee");
+          change.oncomplete = () => done();
+        })""")
+        for letter in "Ann Lee":
+            tab.key(letter)
+        tab.key("Enter")
+        until(lambda: "Pair 3 of 8; no choice yet; 2 of 8 rated" in seen(tab, "#news"), "what she chose there")
+        tab.reload()
+        ready(tab)
+        assert "2 of 8 rated" in seen(tab, "#news")
 
 
 @pytest.mark.parametrize("broken", [
