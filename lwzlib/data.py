@@ -94,11 +94,11 @@ def digest_of(path: str | Path) -> str:
     """Hex digest of a file, or of a folder's files but hidden ones: names, sizes, and of the first 64 the first and the last
     MiB, so that even weights and corpora take no time."""
     found, root = hashlib.sha256(), Path(path)
-    files = {file.relative_to(root): file for file in ([root] if root.is_file() else sorted(root.rglob("*"))) if file.is_file()}
-    shown = (name for name in files if not any(part.startswith(".") for part in name.parts))  # a download keeps its own notes
-    for i, name in enumerate(shown):
-        file, size = files[name], files[name].stat().st_size
-        found.update(f"{name} {size}\n".encode())
+    files = [file for file in ([root] if root.is_file() else sorted(root.rglob("*"))) if file.is_file()
+             and not any(part.startswith(".") for part in file.relative_to(root).parts)]  # a download keeps notes of its own
+    for i, file in enumerate(files):
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(root)} {size}\n".encode())
         if i < 64:
             with file.open("rb") as content:
                 found.update(content.read(_MIB))

@@ -61,7 +61,8 @@ def run_list(tables: Tables, runs: Path) -> list[dict]:
     """A row an arm and seed of each setting, and of each run folder that is not committed: name, where it comes from,
     curves and means for the comparison, and its folder on this machine (None if it is elsewhere), by fingerprint and commit:
     another commit may draw other samples."""
-    here = {_mark(path.parent): path.parent.parent for path in sorted(Path(runs).glob("*/*/*/provenance.json"))}
+    here = {_mark(figures.made_by(path.parent)): path.parent.parent
+            for path in sorted(Path(runs).glob("*/*/*/provenance.json"))}
     found, committed = [], set()
     groups = [(setting, tables.of(setting).rl, tables.of(setting).held_out) for setting in tables.settings]
     for setting, rl, held_out in groups:
@@ -81,8 +82,7 @@ def run_list(tables: Tables, runs: Path) -> list[dict]:
     return found
 
 
-def _mark(stage: Path) -> tuple[str, str]:
-    made = figures.made_by(stage)
+def _mark(made: dict) -> tuple[str, str]:
     return made["fingerprint"], str(made["commit"]).rstrip("+")
 
 
@@ -108,8 +108,7 @@ def _run(setting: str, arm: str, seed: int, rl: pd.DataFrame, held_out: pd.DataF
                       if name in of and of[name].notna().any()}
     return {"name": f"{setting}: {arm}, seed {seed}", "setting": setting, "arm": arm, "seed": int(seed), "steps": len(rl),
             "about": about, "curves": curves, "means": {name: round(float(value), 4) for name, value in means.items()},
-            "marks": {(fingerprint, str(commit).rstrip("+")) for table in known
-                      for fingerprint, commit in zip(table.fingerprint, table.commit, strict=True)}}
+            "marks": {_mark(row) for table in known for row in table[["fingerprint", "commit"]].to_dict("records")}}
 
 
 def completions(arm: Path, budget: int) -> tuple[list[dict], int]:

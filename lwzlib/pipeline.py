@@ -39,7 +39,11 @@ def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[
 
 def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
     """Each of the recipe's `launch.places`: arm, stage, state, step of how many, seconds."""
-    return [_row(arm, stage, launch.stage_run(stage, recipe, root, seed, arm).folder) for arm, stage in launch.places(recipe)]
+    return [_row(arm, stage, run.folder) for (arm, stage), run in _stages(recipe, root, seed).items()]
+
+
+def _stages(recipe: Recipe, root: str | Path, seed: int) -> dict[tuple[str, str], Run]:
+    return {(arm, stage): launch.stage_run(stage, recipe, root, seed, arm) for arm, stage in launch.places(recipe)}
 
 
 def found(root: str | Path) -> list[dict]:
@@ -73,7 +77,7 @@ def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[st
     of another recipe, else at the first failing cell."""
     from lwzlib import report
 
-    stages = {f"{arm}/{stage}": launch.stage_run(stage, recipe, folder, seed, arm) for arm, stage in launch.places(recipe)}
+    stages = _stages(recipe, folder, seed)
     for stage in stages.values():
         stage.check()
     asked = [recipe.fingerprint(), *(stage.fingerprint for stage in stages.values())]
@@ -101,8 +105,8 @@ def run(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[st
     return page
 
 
-def _finished(stages: dict[str, Run]) -> list[str]:
-    return [name for name, stage in stages.items() if stage.status.get("state") == "finished"]
+def _finished(stages: dict[tuple[str, str], Run]) -> list[str]:
+    return ["/".join(place) for place, stage in stages.items() if stage.finished]
 
 
 def _digest(step: Step, asked: list[str]) -> str:

@@ -61,8 +61,7 @@ class Run:
     @property
     def status(self) -> dict:
         """{} before the first start; else state (running, interrupted, failed, finished), step, checkpoint, ..."""
-        path = self.folder / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return _said(self.folder)
 
     @property
     def finished(self) -> bool:
@@ -200,11 +199,15 @@ def _disk(error: OSError, path: Path) -> RunError:
                     "and the run goes on from its last checkpoint")
 
 
+def _said(folder: Path) -> dict:
+    path = folder / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def status_of(folder: Path) -> dict:
     """The `status.json` of a stage, {} before its first start. A stage that was killed left the state "running": it is "killed"
     here, if it ran on this machine and nobody holds its lock."""
-    path = folder / "status.json"
-    status = json.loads(path.read_text()) if path.exists() else {}
+    status = _said(folder)
     if status.get("state") == "running" and status.get("host") == platform.node():
         with contextlib.suppress(OSError), (folder / "lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
