@@ -23,20 +23,25 @@ from pathlib import Path
 
 import psutil
 
-from lwzlib import corpus, models, recipe, runs
-from lwzlib.launch import run_stage
-from lwzlib.text import split_sentences
+from lwzlib.base.kit import SHAKESPEARE, SMOLLM2, THREE_KINGDOMS
+from lwzlib.base.models import load_tokenizer
+from lwzlib.base.provenance import hardware, provenance
+from lwzlib.base.recipe import load_recipe
+from lwzlib.base.rows import read_rows, write_atomic
+from lwzlib.data.sources import read_documents
+from lwzlib.method.text import split_sentences
+from lwzlib.pipeline.stages import run_stage
 
 HERE = Path(__file__).resolve().parent
 FILES, PROCESSES, SEQUENCE_TOKENS = 8, 2, 2048
-BOOKS = {"en": (models.SHAKESPEARE, "kit:python-docs"), "zh": (models.THREE_KINGDOMS,)}
+BOOKS = {"en": (SHAKESPEARE, "kit:python-docs"), "zh": (THREE_KINGDOMS,)}
 CHARS = {"en": 8_000, "zh": 2_400}  # of a document: about the same number of bytes
 
 
 def write_text(folder: Path, megabytes: float) -> None:
     """`<language>/<n>.jsonl`: three quarters of the bytes English, one quarter Chinese."""
     for language, share in (("en", 0.75), ("zh", 0.25)):
-        pool = [s for book in BOOKS[language] for d in corpus.documents(book) for p in d.paragraphs for s in split_sentences(p)]
+        pool = [s for book in BOOKS[language] for d in read_documents(book) for p in d.paragraphs for s in split_sentences(p)]
         (folder / language).mkdir(parents=True, exist_ok=True)
         for number in range(FILES):
             path, draw, size, last = folder / language / f"{number}.jsonl", random.Random(f"{language} {number}"), 0, []
@@ -97,11 +102,11 @@ def kit(text: Path, out: Path) -> dict:
     asked = {"corpus.sources": sources, "corpus.parts": FILES, "corpus.workers": PROCESSES, "corpus.heldout_share": 0.001,
              "corpus.max_words": 100_000, "pretrain.shards": FILES, "pretrain.sequence_tokens": SEQUENCE_TOKENS,
              "pretrain.cot_token_fraction": 0.0}
-    found = run_stage("corpus", recipe.load("nano", asked), out, 0)
+    found = run_stage("corpus", load_recipe("nano", asked), out, 0)
     report = json.loads((found / "report.json").read_text())
     tokens = sum(row["tokens"] for row in report)
-    packed = run_stage("pack", recipe.load("nano", asked, {"pretrain.tokens": tokens}), out, 0)
-    rows = runs.read_rows(packed / "shards.jsonl")
+    packed = run_stage("pack", load_recipe("nano", asked, {"pretrain.tokens": tokens}), out, 0)
+    rows = read_rows(packed / "shards.jsonl")
     made = sum(sum(row["tokens"].values()) for row in rows)
     return {"bytes": size, "tokens": tokens, "copies": sum(row["copies"] for row in report),
             "read": sum(row["read"] for row in report), "packed_tokens": made,
@@ -113,7 +118,7 @@ def peer(text: Path, out: Path) -> dict:
     from trl import pack_dataset
 
     files = [str(path) for path in sorted(text.rglob("*.jsonl"))]
-    tokenizer = models.tokenizer(models.SMOLLM2)
+    tokenizer = load_tokenizer(SMOLLM2)
     end = tokenizer.eos_token
     loaded = load_dataset("json", data_files=files, split="train", cache_dir=str(out))
     tokenised = loaded.map(lambda rows: {"input_ids": tokenizer([t + end for t in rows["text"]]).input_ids}, batched=True,
@@ -139,7 +144,7 @@ def main() -> None:
             (asked.folder / "part").rename(text)
         record = asked.folder / f"{work.__name__}-{megabytes:g}.json"
         if not record.exists():
-            runs.write_atomic(record, json.dumps(timed(work, text, out)))
+            write_atomic(record, json.dumps(timed(work, text, out)))
         found = json.loads(record.read_text())
         lines.append((name, found))
         print(name, found, flush=True)
@@ -152,7 +157,7 @@ def main() -> None:
     said = (f"The kit makes {ratio:.2f} times the tokens a second of `datasets.map` and TRL's packing, and cleans, filters, "
             f"dedupes ({large['copies']:,} near copies of {large['read']:,} documents taken out), decontaminates and mixes "
             f"besides. Ten times the text takes {large['peak_gb'] / small['peak_gb']:.2f} times the memory.")
-    about = f"{runs.hardware()}, {PROCESSES} processes; commit {runs.provenance()['commit'][:7]}"
+    about = f"{hardware()}, {PROCESSES} processes; commit {provenance()['commit'][:7]}"
     command = f"python benchmarks/corpus_pipeline.py --megabytes {asked.megabytes:g} --peer-megabytes {asked.peer_megabytes:g}"
     page = "\n".join(["# Corpus pipeline", "", f"`{command}`", "", about, "", *table, "", said, ""])
     (HERE / "corpus_pipeline.md").write_text(page)

@@ -1,4 +1,4 @@
-"""Decoding in a block of `lwzlib.decoding.faster` against transformers' own `generate`, on a CPU.
+"""Decoding in a block of `lwzlib.base.fast_cpu.faster` against transformers' own `generate`, on a CPU.
 
 Both write the same number of tokens for the same prompts with the same model, in turns, in one process: with and without a
 LoRA adapter, as in RL. The faster block is part of the kit's `generate`, so its preparation is in its time.
@@ -16,8 +16,11 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 
-from lwzlib import grpo, recipe, runs, train
-from lwzlib.launch import MALLOC
+from lwzlib.base.provenance import provenance
+from lwzlib.base.recipe import Recipe, load_recipe
+from lwzlib.base.trainers import load_policy, lora_config
+from lwzlib.method import grpo
+from lwzlib.pipeline.launch import MALLOC
 
 HERE = Path(__file__).resolve().parent
 BATCHES = (1, 8, 16, 32)
@@ -31,14 +34,14 @@ def seconds(generate, texts: dict, tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def row(adapter: bool, batch: int, made: recipe.Recipe, tokens: int, rounds: int) -> str:
+def row(adapter: bool, batch: int, made: Recipe, tokens: int, rounds: int) -> str:
     torch.manual_seed(0)
-    model, tokenizer = train.load(made, made.model.name)
+    model, tokenizer = load_policy(made, made.model.name)
     faster = model.generate
     model.__dict__.pop("generate")  # transformers' own is left
     plain = model.generate
     if adapter:
-        get_peft_model(model, train.lora(made.grpo.lora)).eval()  # puts its layers into the model
+        get_peft_model(model, lora_config(made.grpo.lora)).eval()  # puts its layers into the model
     queries = grpo.dataset(made, next(iter(made.arms.values())).prompt, tokenizer)["prompt"]
     texts = tokenizer([queries[i % 8] for i in range(batch)], return_tensors="pt", padding=True, add_special_tokens=False)
     seconds(plain, texts, 5)
@@ -52,14 +55,14 @@ def row(adapter: bool, batch: int, made: recipe.Recipe, tokens: int, rounds: int
 
 
 def main(name: str, tokens: int, rounds: int) -> None:
-    made, provenance = recipe.load(name), runs.provenance()
-    versions = ", ".join(f"{package} {provenance['versions'][package]}" for package in ("torch", "transformers", "peft"))
+    made, origin = load_recipe(name), provenance()
+    versions = ", ".join(f"{package} {origin['versions'][package]}" for package in ("torch", "transformers", "peft"))
     lines = [
-        "# Decoding on a CPU", "", f"{provenance['hardware']}, {torch.get_num_threads()} threads; {provenance['started']}; "
-        f"Python {provenance['python']}, {versions}.", "",
+        "# Decoding on a CPU", "", f"{origin['hardware']}, {torch.get_num_threads()} threads; {origin['started']}; "
+        f"Python {origin['python']}, {versions}.", "",
         f"Model {made.model.name}, {made.model.dtype}, {made.model.attention} attention; {tokens} tokens a sequence, drawn; "
         f"{rounds} rounds in turns.", "Medians; \"a token\" is one of each sequence. What is drawn has the",
-        "same distribution, and logits and greedy tokens are the same to the bit (`tests/test_decoding.py`).", "",
+        "same distribution, and logits and greedy tokens are the same to the bit (`tests/base/test_fast_cpu.py`).", "",
         "| adapter | sequences | transformers, ms a token | kit, ms a token | times faster | rounds |",
         "|---|--:|--:|--:|--:|--:|",
         *[row(adapter, batch, made, tokens, rounds) for adapter in (False, True) for batch in BATCHES]]

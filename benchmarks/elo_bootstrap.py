@@ -21,7 +21,7 @@ import pandas as pd
 import sklearn
 from sklearn.linear_model import LogisticRegression
 
-from lwzlib import runs
+from lwzlib.base.provenance import provenance
 from lwzlib.evaluate import elo
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +53,7 @@ def regression(table: pd.DataFrame, anchor: str) -> pd.Series:
 
 
 def main(rounds: int, sample: int) -> None:
-    table, anchor, provenance = judgments(), "model-00", runs.provenance()
+    table, anchor, origin = judgments(), "model-00", provenance()
     ours, theirs = elo.ratings(table, anchor).table.set_index("model").elo, regression(table, anchor)
     gap = (ours - theirs).abs().max()
     kit_s, fit_s = [], []
@@ -69,7 +69,7 @@ def main(rounds: int, sample: int) -> None:
               f"regression {statistics.median(fit_s[-sample:]):.3f} s for one", flush=True)
     kit, scaled = statistics.median(kit_s), statistics.median(fit_s) * RESAMPLES
     lines = [
-        "# Elo with intervals", "", f"{provenance['hardware']}; {provenance['started']}; Python {provenance['python']}, "
+        "# Elo with intervals", "", f"{origin['hardware']}; {origin['started']}; Python {origin['python']}, "
         f"numpy {np.__version__}, scikit-learn {sklearn.__version__}.", "",
         f"{RESAMPLES:,} resamples of {PROMPTS} prompts x {MODELS} models, {len(table):,} judgments.",
         f"Medians of {rounds} rounds; of the regression {len(fit_s)} resamples were timed and scaled.",

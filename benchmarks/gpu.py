@@ -20,7 +20,15 @@ import torch
 from transformers import TrainerCallback, set_seed
 from trl import GRPOTrainer
 
-from lwzlib import grpo, launch, models, recipe, rewards, runs, train
+from lwzlib.base.kit import TINY, prepare
+from lwzlib.base.provenance import provenance
+from lwzlib.base.recipe import Recipe, load_recipe
+from lwzlib.base.run_folder import Run
+from lwzlib.base.trainers import load_policy, lora_config, save_trained, train_to_end
+from lwzlib.method import grpo
+from lwzlib.method.rewards import build_rewards
+from lwzlib.pipeline.launch import launch
+from lwzlib.pipeline.stages import stage_run
 
 SEED, ARMS = 0, ("base-nothink", "base-think")
 KINDS = {"kit": grpo.LongWriterGRPOTrainer, "trl": GRPOTrainer}
@@ -82,40 +90,40 @@ class Parts(TrainerCallback):
                               "tokens_per_s": tokens * args.generation_batch_size / self.rows[-1]["step_s"]}
 
 
-def run_of(made: recipe.Recipe, folder: Path, arm: str) -> list[dict]:
+def run_of(made: Recipe, folder: Path, arm: str) -> list[dict]:
     """A real run of an arm, after the stages it needs; every completion ends where it ends."""
-    launch.launch("cold-start", made, folder.parent, SEED)
-    launch.launch("writing-rm", made, folder.parent, SEED)
-    run = launch.stage_run("grpo", made, folder, SEED, arm)
+    launch("cold-start", made, folder.parent, SEED)
+    launch("writing-rm", made, folder.parent, SEED)
+    run = stage_run("grpo", made, folder, SEED, arm)
     with run.work():
         trainer = grpo.trainer(made.for_arm(arm), run, arm, str(folder.parent / "cold-start" / "model"),
                                str(folder.parent / "writing-rm" / "model"))
         parts = Parts(trainer)
-        train.save(train.go(trainer), trainer, run)
+        save_trained(train_to_end(trainer), trainer, run)
     return parts.rows
 
 
-def fixed(kind: str, made: recipe.Recipe, folder: Path) -> list[dict]:
+def fixed(kind: str, made: Recipe, folder: Path) -> list[dict]:
     """Steps of forced length from the model as it is, by the kit's trainer or by TRL's own."""
-    run = runs.Run(folder, made, SEED, ("model", "grpo"))
+    run = Run(folder, made, SEED, ("model", "grpo"))
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(SEED)
-    scorers = rewards.build(made, str(folder.parent / "writing-rm" / "model"))
+    scorers = build_rewards(made, str(folder.parent / "writing-rm" / "model"))
     args = grpo.config(made, run, list(scorers))
     args.save_strategy, args.generation_kwargs = "no", {"min_new_tokens": made.grpo.sampling.max_new_tokens}
-    model, tokenizer = train.load(made, made.model.name)
+    model, tokenizer = load_policy(made, made.model.name)
     trainer = KINDS[kind](model, list(scorers.values()), args=args, processing_class=tokenizer,
-                          train_dataset=grpo.dataset(made, "direct", tokenizer), peft_config=train.lora(made.grpo.lora),
+                          train_dataset=grpo.dataset(made, "direct", tokenizer), peft_config=lora_config(made.grpo.lora),
                           **({"advantage": made.grpo.advantage} if kind == "kit" else {}))
     parts = Parts(trainer)
-    train.go(trainer)
+    train_to_end(trainer)
     return parts.rows
 
 
 def measurements(asked: dict, folder: Path):
     """(what it is called, how to measure it) in order."""
-    def made(tokens: int, steps: int) -> recipe.Recipe:
-        return recipe.load(asked["recipe"], COMMON | asked["sets"] | {"grpo.sampling.max_new_tokens": tokens,
+    def made(tokens: int, steps: int) -> Recipe:
+        return load_recipe(asked["recipe"], COMMON | asked["sets"] | {"grpo.sampling.max_new_tokens": tokens,
                                                                       "grpo.steps": steps})
 
     for tokens in asked["tokens"]:
@@ -131,10 +139,10 @@ def measurements(asked: dict, folder: Path):
 
 
 def main(asked: dict, folder: Path, out: Path) -> None:
-    provenance = runs.provenance()
-    about = {"model": recipe.load(asked["recipe"]).model.name, "seed": SEED, "commit": provenance["commit"],
-             "hardware": provenance["hardware"],
-             "versions": " ".join(f"{name} {version}" for name, version in provenance["versions"].items())}
+    origin = provenance()
+    about = {"model": load_recipe(asked["recipe"]).model.name, "seed": SEED, "commit": origin["commit"],
+             "hardware": origin["hardware"],
+             "versions": " ".join(f"{name} {version}" for name, version in origin["versions"].items())}
     out.parent.mkdir(parents=True, exist_ok=True)
     done = pd.read_csv(out, keep_default_na=False) if out.exists() else pd.DataFrame()
     for name, made, measure in measurements(asked, folder):
@@ -162,5 +170,5 @@ if __name__ == "__main__":
     if not (options.dry or torch.cuda.is_available()):
         parser.error("no CUDA GPU here: nothing would be measured; --dry runs the same code in small")
     if options.dry:
-        models.prepare(models.TINY)
+        prepare(TINY)
     main(DRY if options.dry else REAL, options.folder, options.out)

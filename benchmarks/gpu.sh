@@ -15,7 +15,7 @@ bundle)
     python benchmarks/closure.py trl accelerate peft datasets transformers sentence-transformers gguf pydantic pyyaml regex \
         scipy pandas typer rich xxhash httpx tenacity py3langid psutil pip > "$bundle/requirements.txt"
     python -m pip download --quiet --no-deps --only-binary :all: -d "$bundle/wheels" -r "$bundle/requirements.txt"
-    python -m lwzlib.cli prepare
+    python -m lwzlib.cli.main prepare
     cp -rL "${LWZ_CACHE:-$HOME/.cache/lwzlib}" "$bundle/cache"
     du -sh "$bundle"
     ;;

@@ -18,7 +18,8 @@ from pathlib import Path
 import openai
 from pydantic import BaseModel
 
-from lwzlib import llm, runs
+from lwzlib.base.provenance import hardware
+from lwzlib.endpoints import llm
 
 HERE = Path(__file__).resolve().parent
 CONCURRENCY, LATENCY_S = 256, 1.0
@@ -98,7 +99,7 @@ def main() -> None:
     ratio = statistics.median(taken["peer"]) / statistics.median(taken["kit"])
     text = "\n".join([
         "# Judge client", "", f"{asked.requests:,} requests, {CONCURRENCY} at once, {LATENCY_S:g} s each: ideal {ideal:.1f} s. "
-        f"Median of {asked.rounds} rounds, in turns. {runs.hardware()}.", "",
+        f"Median of {asked.rounds} rounds, in turns. {hardware()}.", "",
         "| client | seconds | share of the ideal | range |", "|---|--:|--:|---|", *rows, "",
         f"The kit's throughput is {ratio:.2f} times the peer's.", "",
         "    python benchmarks/judge_client.py", ""])

@@ -18,7 +18,10 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from lwzlib import embed, overlap, recipe, rewards, runs, text
+from lwzlib.base.provenance import provenance
+from lwzlib.base.recipe import load_recipe
+from lwzlib.method import overlap, text
+from lwzlib.method.rewards import build_rewards
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("honest", "one paragraph repeated", "repeated, a word changed per sentence")
@@ -109,17 +112,17 @@ def semantic(components, words, count) -> str:
     runs_ = [" ".join(passages[i][0] for i in run) for passages in counted
              for run in overlap.runs_of(*map(list, zip(*passages, strict=True)))]
     start = time.perf_counter()
-    embed.encode(runs_, components["format"].encoder)
+    overlap.encode(runs_, components["format"].encoder)
     alone = time.perf_counter() - start
     return (f"| {words:,} | {count} | {len(runs_):,} | {ours:.3g} | {alone:.3g} | {ours / alone:.2f} | "
             f"{ours * 1e6 / words / count:.0f} |")
 
 
 def main(quick: bool) -> None:
-    both = rewards.build(recipe.load("nano", "reward.length.max_words=100000 reward.weights.writing=0.0"))
+    both = build_rewards(load_recipe("nano", "reward.length.max_words=100000 reward.weights.writing=0.0"))
     components = both | {"format": dataclasses.replace(both["format"], encoder="")}
     count, words, sizes = (2, 1000, (500, 1000)) if quick else (32, 10_000, (1000, 5000, 10_000, 20_000, 50_000))
-    made = runs.provenance()
+    made = provenance()
     versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "trl", "transformers", "numpy"))
     lines = [
         "# Reward throughput", "", f"{made['hardware']}; {made['started']}; Python {made['python']}, {versions}.", "",
@@ -131,7 +134,7 @@ def main(quick: bool) -> None:
     lines += ["", "Growth of one English completion's time, microseconds per word (median of 3):", "",
               "| words | " + " | ".join(KINDS) + " |", "|--:|" + "--:|" * len(KINDS)]
     lines += [f"| {n:,} | " + " | ".join(f"{growth(components, kind, n):.1f}" for kind in KINDS) + " |" for n in sizes]
-    embed.encode(["warm up"], both["format"].encoder)
+    overlap.encode(["warm up"], both["format"].encoder)
     lines += ["", "With the semantic signal, English, honest: length and format rewards against embedding each run once.", "",
               "| words | completions | runs | rewards, s | embedding alone, s | ratio | rewards, microseconds per word |",
               "|--:|--:|--:|--:|--:|--:|--:|"]

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lwzlib import runs
+from lwzlib.base.provenance import provenance
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def write(asked, measured: dict[str, list[float]], version: str) -> None:
-    about = runs.provenance()
+    about = provenance()
     plain, engine = (statistics.mean(times) for times in measured.values())
     lines = ["# Overhead of the engine `slurm`", "",
              f"{about['hardware']}, load {os.getloadavg()[2]:.1f}; {about['started']}; Python {about['python']}, Slurm "

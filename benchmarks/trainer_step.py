@@ -19,7 +19,12 @@ import torch
 from transformers import TrainerCallback, set_seed
 from trl import GRPOTrainer
 
-from lwzlib import grpo, recipe, rewards, runs, train
+from lwzlib.base.provenance import provenance
+from lwzlib.base.recipe import Recipe, load_recipe
+from lwzlib.base.run_folder import Run
+from lwzlib.base.trainers import load_policy, lora_config, train_to_end
+from lwzlib.method import grpo
+from lwzlib.method.rewards import build_rewards
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
@@ -35,10 +40,10 @@ class StepEnds(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def build(kind: type, made: recipe.Recipe, run: runs.Run, ends: StepEnds) -> GRPOTrainer:
+def build(kind: type, made: Recipe, run: Run, ends: StepEnds) -> GRPOTrainer:
     set_seed(SEED)
-    model, tokenizer = train.load(made, made.model.name)
-    components = rewards.build(made)
+    model, tokenizer = load_policy(made, made.model.name)
+    components = build_rewards(made)
     args = grpo.config(made, run, list(components))
     args.save_strategy = "no"
     args.generation_kwargs = {"min_new_tokens": made.grpo.sampling.max_new_tokens}
@@ -50,16 +55,16 @@ def build(kind: type, made: recipe.Recipe, run: runs.Run, ends: StepEnds) -> GRP
     return kind(
         model, list(components.values()), args=args, processing_class=tokenizer,
         train_dataset=grpo.dataset(made, style, tokenizer), callbacks=[ends],
-        peft_config=train.lora(made.grpo.lora),
+        peft_config=lora_config(made.grpo.lora),
         **extra)
 
 
-def turn(kind: type, made: recipe.Recipe) -> tuple[list[float], set]:
+def turn(kind: type, made: Recipe) -> tuple[list[float], set]:
     """(seconds of each step after the first, the lengths in tokens that completions had)."""
     with tempfile.TemporaryDirectory() as folder:
         ends = StepEnds()
-        trainer = build(kind, made, runs.Run(Path(folder), made, SEED, ("model", "grpo")), ends)
-        train.go(trainer)
+        trainer = build(kind, made, Run(Path(folder), made, SEED, ("model", "grpo")), ends)
+        train_to_end(trainer)
         lengths = {row[name] for row in trainer.state.log_history if "loss" in row
                    for name in ("completions/min_length", "completions/max_length")}
     del trainer
@@ -68,7 +73,7 @@ def turn(kind: type, made: recipe.Recipe) -> tuple[list[float], set]:
 
 
 def main(name: str, steps: int, rounds: int) -> None:
-    made, provenance = recipe.load(name, {"grpo.steps": steps, "reward.weights.writing": 0.0}), runs.provenance()
+    made, origin = load_recipe(name, {"grpo.steps": steps, "reward.weights.writing": 0.0}), provenance()
     kinds = (grpo.LongWriterGRPOTrainer, GRPOTrainer)
     seconds, lengths = {kind: [] for kind in kinds}, set()  # kind -> a list of steps per round
     for i in range(rounds):
@@ -80,11 +85,11 @@ def main(name: str, steps: int, rounds: int) -> None:
     kit, trl = ([statistics.median(each) for each in seconds[kind]] for kind in kinds)
     both = [statistics.median(s for each in seconds[kind] for s in each) for kind in kinds]
     ratios = [ours / theirs for ours, theirs in zip(kit, trl, strict=True)]
-    versions = ", ".join(f"{package} {provenance['versions'][package]}" for package in ("torch", "trl", "transformers"))
+    versions = ", ".join(f"{package} {origin['versions'][package]}" for package in ("torch", "trl", "transformers"))
     tokens = " to ".join(f"{n:.0f}" for n in sorted({min(lengths), max(lengths)}))
     lines = [
-        "# Trainer step", "", f"{provenance['hardware']}, {torch.get_num_threads()} threads; {provenance['started']}; "
-        f"Python {provenance['python']}, {versions}.", "",
+        "# Trainer step", "", f"{origin['hardware']}, {torch.get_num_threads()} threads; {origin['started']}; "
+        f"Python {origin['python']}, {versions}.", "",
         f"Recipe `{name}`, model {made.model.name}, {made.grpo.group_size * made.grpo.queries_per_step} completions of "
         f"{tokens} tokens a step;", f"{rounds} rounds of {steps} steps, the first of each not counted. Medians over",
         "all counted steps.", "", "| trainer | median step, s | fastest, s | slowest, s |", "|---|--:|--:|--:|"]

@@ -15,7 +15,10 @@ import pytest
 import smoke_runs
 from safetensors.torch import load_file
 
-from lwzlib import launch, models, recipe
+from lwzlib.base import models
+from lwzlib.base.kit import TINY, prepare
+from lwzlib.base.recipe import load_recipe
+from lwzlib.pipeline.stages import run_stage
 
 _LONGEST = ("test_models", "test_pipeline", "test_vllm")  # started first: at the end the other worker would wait for them
 
@@ -25,15 +28,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="session")
 def smoke():
-    models.prepare(models.TINY)
-    return recipe.load("smoke")
+    prepare(TINY)
+    return load_recipe("smoke")
 
 
 @pytest.fixture(scope="session")
 def smoke_rm(smoke, tmp_path_factory):
     """A run folder in which the smoke recipe's Writing RM is trained."""
     root = tmp_path_factory.mktemp("writing-rm")
-    launch.run_stage("writing-rm", smoke, root, 0)
+    run_stage("writing-rm", smoke, root, 0)
     return root
 
 
@@ -49,7 +52,7 @@ def alone(smoke, tmp_path_factory):
         patch.setenv("PYTHONPATH", smoke_runs.ROWWISE)
         patch.setenv("OMP_NUM_THREADS", "1")
         run = smoke_runs.trained(tmp_path_factory.mktemp("alone"), ["launch=subprocess"])
-    start = load_file(Path(models.resolve(models.TINY)) / "model.safetensors")
+    start = load_file(Path(models.resolve(TINY)) / "model.safetensors")
     moved = max((value - start[name]).abs().max().item() for name, value in smoke_runs.weights(run).items())
     assert moved > 1e-3, "nothing was learnt, so nothing can be compared"
     return run

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 from polling import until
 
-from lwzlib.runs import read_rows
+from lwzlib.base.rows import read_rows
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 

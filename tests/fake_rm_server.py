@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from lwzlib import rm_server
+from lwzlib.endpoints import rm_server
 
 
 def expected(text):

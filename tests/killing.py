@@ -4,13 +4,13 @@ import subprocess
 import sys
 import time
 
-from lwzlib.launch import stage_run
+from lwzlib.pipeline.stages import stage_run
 
 
 def killed_then_finished(stage, recipe, root, moments, arm=None):
     """The Run. `moments`: for each kill a function of the Run, true when it is time. Fails if the stage ends before a kill."""
     run = stage_run(stage, recipe, root, 0, arm)
-    command = [sys.executable, "-m", "lwzlib.cli", "stage", stage, "-", "--run-dir", str(root)]
+    command = [sys.executable, "-m", "lwzlib.cli.main", "stage", stage, "-", "--run-dir", str(root)]
     command += ["--arm", arm] if arm else []
     for is_time in [*moments, None]:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

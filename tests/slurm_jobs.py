@@ -14,7 +14,7 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 from polling import until
 
-from lwzlib.jobs import Job, of
+from lwzlib.cluster.jobs import Job, jobs_of
 
 # One line in `{path}` for each step that is done, as a stage's checkpoints: what was done is not done again.
 STEPS = """
@@ -72,7 +72,7 @@ class Site:
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def jobs(self) -> list[Job]:
-        return [job for path in sorted(self.jobs_folder.glob("*/")) for job in of(self.jobs_folder, path.name)]
+        return [job for path in sorted(self.jobs_folder.glob("*/")) for job in jobs_of(self.jobs_folder, path.name)]
 
     def running(self, seconds: float = 60) -> Job:
         """The job, once it says that it runs."""

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from lwzlib import launch, recipe
-from lwzlib.runs import Run
+from lwzlib.base.recipe import load_recipe
+from lwzlib.base.run_folder import Run
+from lwzlib.pipeline.launch import launch
+from lwzlib.pipeline.stages import stage_run
 
 ARM = "base-think"
 # 120 tokens: of a random model so many hold tags, and so rewards that differ
@@ -26,13 +28,14 @@ def comparable(rows):
 
 
 def trained(folder: Path, *overrides) -> Run:
-    return launch.launch("grpo", recipe.load("smoke", COMMON, *overrides), folder, 0, ARM)
+    return launch("grpo", load_recipe("smoke", COMMON, *overrides), folder, 0, ARM)
 
 
 def start(folder: Path, *overrides, inside=()) -> tuple[subprocess.Popen, Run]:
-    made = recipe.load("smoke", COMMON, *overrides)
-    run = launch.stage_run("grpo", made, folder, 0, ARM)
-    code = f"from lwzlib import recipe, launch; launch.launch('grpo', recipe.Recipe.model_validate_json(" \
+    made = load_recipe("smoke", COMMON, *overrides)
+    run = stage_run("grpo", made, folder, 0, ARM)
+    code = f"from lwzlib.base.recipe import Recipe; from lwzlib.pipeline.launch import launch; " \
+           f"launch('grpo', Recipe.model_validate_json(" \
            f"{made.model_dump_json()!r}), {str(folder)!r}, 0, {ARM!r})"
     command = [*inside, sys.executable, "-c", code]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), run

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lwzlib import departures, recipe
-from lwzlib.text import has_han
+from lwzlib.base import recipe
+from lwzlib.base.marks import PAGE, changed_quantities, not_published, published_marks, reasons, rewritten_page
+from lwzlib.base.recipe import Recipe, departures, load_recipe
+from lwzlib.method.text import has_han
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = [name for name in recipe.Recipe.model_fields if name not in ("name", "arms")]
+SECTIONS = [name for name in Recipe.model_fields if name not in ("name", "arms")]
 TERMS = re.findall(r"^### ([^\n]+?) · ([^\n]+)\n(.*?)\n\n(.*?)\n\nWhere: ([^\n]+)$",
                    (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
@@ -20,17 +22,17 @@ def quantities(page):
 
 
 def test_the_page_of_departures_is_what_the_recipes_say():
-    page = departures.PAGE.read_text(encoding="utf-8")
-    assert departures.rewritten(page) == page, "stale: run `python -m lwzlib.departures`"
+    page = PAGE.read_text(encoding="utf-8")
+    assert rewritten_page(page) == page, "stale: run `python -m lwzlib.base.marks`"
     missing, changed = page.split("## 2 ")
-    marked = {name for name, (mark, _) in recipe.marks().items() if mark == "N"}
+    marked = {name for name, (mark, _) in published_marks().items() if mark == "N"}
     assert sorted(quantities(missing)) == sorted(marked)
-    assert sorted(quantities(changed)) == sorted(name for name, *_ in recipe.departures(recipe.load("nano")))
+    assert sorted(quantities(changed)) == sorted(name for name, *_ in departures(load_recipe("nano")))
 
 
 def test_every_choice_has_a_reason():
-    without = [name for name, _, why in departures.not_published(SECTIONS) if not why.strip()]
-    without += [name for name, _, _, why in departures.changed("nano", SECTIONS) if not why.strip()]
+    without = [name for name, _, why in not_published(SECTIONS) if not why.strip()]
+    without += [name for name, _, _, why in changed_quantities("nano", SECTIONS) if not why.strip()]
     assert not without, "say why, in a comment on its line"
 
 
@@ -39,7 +41,7 @@ def test_a_reason_is_that_of_the_line_or_of_the_section_around_it(tmp_path, monk
         "extends: nano\ngrpo:  # all of it\n  steps: 3  # few\n  loss: grpo\n"
         "  sampling: {top_p: 0.9}  # both\ncot: {queries: 2}\n")
     monkeypatch.setattr(recipe, "RECIPES", tmp_path)
-    assert departures.reasons("mine") == {"extends": "", "grpo.steps": "few", "grpo.loss": "all of it",
+    assert reasons("mine") == {"extends": "", "grpo.steps": "few", "grpo.loss": "all of it",
                                           "grpo.sampling.top_p": "both", "cot.queries": ""}
 
 

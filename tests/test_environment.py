@@ -45,7 +45,7 @@ def test_the_extras_resolve_to_the_pinned_versions_on_the_python_of_debian_12(tm
 
 
 def test_importing_loads_nothing_heavy():
-    code = ("import sys, lwzlib, lwzlib.recipe, lwzlib.text, lwzlib.overlap, lwzlib.advantage; "
+    code = ("import sys, lwzlib, lwzlib.base.recipe, lwzlib.method.text, lwzlib.method.overlap, lwzlib.method.advantage; "
             "sys.exit(any(m in sys.modules for m in ('torch', 'trl', 'transformers', 'vllm', 'matplotlib')))")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     began = time.perf_counter()

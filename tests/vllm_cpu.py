@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 from polling import until
 
-from lwzlib import models
+from lwzlib.base.kit import SMOLLM2, prepare
 
 VERSION = "0.31.0"
 # Their wheels do not run beside a CPU torch, and a text model needs none of them.
@@ -41,14 +41,14 @@ def make(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def serving(python: Path, model: str = models.SMOLLM2, name: str = "smollm2", start_s: float = 400):
+def serving(python: Path, model: str = SMOLLM2, name: str = "smollm2", start_s: float = 400):
     """The server's /v1 address; it ends with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [python, "-m", "vllm.entrypoints.openai.api_server", "--model", models.prepare(model), "--served-model-name", name,
+            [python, "-m", "vllm.entrypoints.openai.api_server", "--model", prepare(model), "--served-model-name", name,
              "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048"],
             env=os.environ | SETTINGS, stdout=log, stderr=log)
         try:

@@ -19,12 +19,11 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
-from lwzlib import llm
-from lwzlib.data import DataError, rows_of, validated
+from lwzlib.base.rows import DataError, read_rows, rows_of, validated, write_rows
+from lwzlib.endpoints import llm
+from lwzlib.evaluate.common import filled
 from lwzlib.evaluate.elo import ArenaError
-from lwzlib.evaluate.shared import filled
-from lwzlib.runs import read_rows, write_rows
-from lwzlib.text import language_of, shown
+from lwzlib.method.text import language_of, shown
 
 _MATERIAL = """<request>
 {request}
@@ -126,7 +125,7 @@ class _Verdict(BaseModel):
     reason: str = ""
 
 
-def read(source: str) -> Arena:
+def read_arena(source: str) -> Arena:
     """The public form: a JSONL file or `hub:<dataset>`, rows idx, question, type, length, baseline_response.
 
     The dataset's card does not show how `baseline_response` holds its six models. Taken are {model: text}, a list of
@@ -231,7 +230,7 @@ async def judged_by_llm(arena: Arena, asked: list[Match], settings: llm.Settings
         requests = [llm.Request(prompt(arena, match), _Verdict) for match in some]
         said = await llm.ask(requests, settings, replies, spent, f"judge, from {start:,} of {len(asked):,}:")
         rows += [_row(match, settings.model, verdict) for match, verdict in zip(some, said, strict=True)]
-    return table(rows)
+    return judgment_table(rows)
 
 
 def _row(match: Match, judge: str, verdict: _Verdict | llm.NoAnswer) -> dict:
@@ -263,12 +262,12 @@ def judged_by_scores(asked: list[Match], scores: Mapping[tuple[str, str], float]
         winner: str | None = "tie" if abs(difference) <= margin else "first" if difference > 0 else "second"
         winner = winner if np.isfinite(difference) else None
         rows.append(match._asdict() | {"winner": winner, "judge": judge, "reason": f"scores differ by {difference:+.4g}"})
-    return table(rows)
+    return judgment_table(rows)
 
 
 def judged_by_writing_rm(arena: Arena, folder: str | Path, margin: float) -> pd.DataFrame:
     """Every pair in both orders by the scores of the Writing RM in `folder`. Raises RewardError if there is none."""
-    from lwzlib.rewards import RewardError, WritingReward
+    from lwzlib.method.rewards import RewardError, WritingReward
 
     if not (Path(folder) / "writing_rm.json").is_file():
         raise RewardError(f"no Writing RM in {folder}: `lwz stage writing-rm` trains one; or name another judge")
@@ -287,14 +286,14 @@ def recorded(path: str | Path) -> pd.DataFrame:
             raise DataError(f"{place}: {' / '.join(mark)} " + ("was judged before" if mark in seen else "plays itself"))
         seen.add(mark)
         rows.append(judgment.model_dump())
-    return table(rows)
+    return judgment_table(rows)
 
 
-def save(path: Path, judgments: pd.DataFrame) -> None:
+def save_judgments(path: Path, judgments: pd.DataFrame) -> None:
     """For `recorded` to read; the old file or the new one, never a part."""
     write_rows(path, judgments.astype(object).where(judgments.notna(), None).to_dict("records"))
 
 
-def table(rows: list[dict]) -> pd.DataFrame:
+def judgment_table(rows: list[dict]) -> pd.DataFrame:
     """Judgments with the columns `COLUMNS`; what is missing is None, never NaN."""
     return pd.DataFrame(rows, columns=COLUMNS).astype(object).replace({np.nan: None})

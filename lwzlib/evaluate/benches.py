@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lwzlib import data, engines, models
-from lwzlib.data import DataError
-from lwzlib.evaluate import arena, longbench, writingbench
-from lwzlib.prompts import framed
-from lwzlib.quantities import Decoding, Prompt
-from lwzlib.runs import write_rows
-from lwzlib.text import Style
+from lwzlib.base.kit import LONGBENCH
+from lwzlib.base.quantities import Decoding, Prompt
+from lwzlib.base.rows import DataError, write_rows
+from lwzlib.endpoints import engines
+from lwzlib.evaluate import longbench, writingbench
+from lwzlib.evaluate.arena import read_arena
+from lwzlib.method.prompts import framed
+from lwzlib.method.queries import load_queries
+from lwzlib.method.text import Style
 
 _CARD = Decoding(temperature=0.6, top_p=0.95, max_new_tokens=15_500)
 _END = ["</answer>"]
@@ -31,9 +33,9 @@ class Bench(NamedTuple):
 
 BENCHES = {
     "writingbench": Bench(writingbench.benchmark, "query", "domain1", writingbench.DECODING),
-    "longbench": Bench(longbench.benchmark, "prompt", "type", _CARD, models.LONGBENCH),
-    "arena": Bench(lambda source: arena.read(source).tasks, "question", "type", _CARD),
-    "queries": Bench(lambda source: {query.id: query for query in data.load(source)}, "query", "type", _CARD, "kit:heldout"),
+    "longbench": Bench(longbench.benchmark, "prompt", "type", _CARD, LONGBENCH),
+    "arena": Bench(lambda source: read_arena(source).tasks, "question", "type", _CARD),
+    "queries": Bench(lambda source: {query.id: query for query in load_queries(source)}, "query", "type", _CARD, "kit:heldout"),
 }
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from lwzlib.intervals import percentiles, ratio, resample
+from lwzlib.evaluate.intervals import percentiles, ratio, resample
 
 STEP = r"(?P<arm>.+)@(?P<step>\d+)"  # how a model's name carries its RL step: base-think@20
 ANCHOR_ELO = 1000.0

@@ -29,4 +29,4 @@ srun --nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-nod
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-exec apptainer exec --nv --bind /shared,/scratch,/etc/slurm,/run/munge,/usr/bin/srun,/usr/bin/scontrol,/usr/lib64/slurm /shared/images/longwriter-zero.sif /opt/lwz/bin/python -u -m lwzlib.head /shared/lwz/runs/jobs/out-0a1b2c3d/1
+exec apptainer exec --nv --bind /shared,/scratch,/etc/slurm,/run/munge,/usr/bin/srun,/usr/bin/scontrol,/usr/lib64/slurm /shared/images/longwriter-zero.sif /opt/lwz/bin/python -u -m lwzlib.cluster.in_job /shared/lwz/runs/jobs/out-0a1b2c3d/1

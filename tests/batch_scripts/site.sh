@@ -37,4 +37,4 @@ ulimit -n 65536
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-exec /shared/lwz/.venv/bin/python -u -m lwzlib.head /shared/lwz/runs/jobs/out-0a1b2c3d/1
+exec /shared/lwz/.venv/bin/python -u -m lwzlib.cluster.in_job /shared/lwz/runs/jobs/out-0a1b2c3d/1

@@ -6,11 +6,11 @@ Everything else (rewards, gathering, advantages, loss, gradients, optimiser) is 
 import os
 import sys
 
-if "lwzlib.cli" in sys.orig_argv and "lwzlib.distributed" not in sys.orig_argv:
+if "lwzlib.cli.main" in sys.orig_argv and "lwzlib.pipeline.ranks" not in sys.orig_argv:
     import torch
 
-    from lwzlib import decoding
-    from lwzlib.grpo import LongWriterGRPOTrainer
+    from lwzlib.base import fast_cpu
+    from lwzlib.method.grpo import LongWriterGRPOTrainer
 
     at = {"step": -1, "token": 0}
     multinomial, generate = torch.multinomial, LongWriterGRPOTrainer._generate_single_turn
@@ -31,4 +31,4 @@ if "lwzlib.cli" in sys.orig_argv and "lwzlib.distributed" not in sys.orig_argv:
         finally:
             at["step"] = -1
 
-    decoding._multinomial, LongWriterGRPOTrainer._generate_single_turn = draw, generate_rowwise
+    fast_cpu._multinomial, LongWriterGRPOTrainer._generate_single_turn = draw, generate_rowwise

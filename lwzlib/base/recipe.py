@@ -1,0 +1,244 @@
+"""The recipe: every quantity of a run, typed, bounded, and refused when its name is unknown.
+
+`recipes/paper.yaml` states the published setting whole and marks each line A (paper or model card), B (one detailed
+note of the paper) or N (not published: our choice). Every other preset `extends` it and states only its departures, so
+what differs from the paper is computed (`departures`), never remembered.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from lwzlib.base import quantities as q
+from lwzlib.base.paths import RECIPES
+
+_NOT_METHOD = {"arms", "name", "launch", "distributed", "vllm"}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the quantity, its value and what would be right."""
+
+
+class Recipe(q.Section):
+    """A whole recipe, as `load` returns it; quantities of two sections that cannot go together are refused too."""
+
+    name: str
+    launch: Literal["inline", "subprocess", "torchrun", "slurm"]
+    model: q.Model
+    data: q.Data
+    prompt: q.Prompt
+    cold_start: q.ColdStart
+    writing_rm: q.WritingRM
+    reward: q.Reward
+    grpo: q.Grpo
+    corpus: q.Corpus
+    cot: q.Cot
+    pretrain: q.Pretrain
+    sft: q.Sft
+    samples: q.Samples
+    evaluation: q.Evaluation
+    distributed: q.Distributed
+    vllm: q.Vllm
+    arms: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], q.Arm] = Field(min_length=1)  # each is a folder's name, too
+
+    @model_validator(mode="after")
+    def _continual_pretraining(self):
+        if self.corpus.parts % self.pretrain.shards:
+            raise ValueError(f"corpus.parts = {self.corpus.parts} must be a multiple of pretrain.shards = "
+                             f"{self.pretrain.shards}: a shard takes whole parts")
+        distilled = any(self.takes_cot(name) for name in self.arms)
+        teacher = self.arms.get(self.cot.arm)
+        if distilled and not (teacher and (teacher.start, teacher.prompt, teacher.algorithm) == ("base", "think", "grpo")):
+            raise ValueError(f"cot.arm = {self.cot.arm!r} must name an arm that starts from base, plans, and is trained by "
+                             f"grpo; arms are {', '.join(self.arms)}")
+        return self
+
+    @model_validator(mode="after")
+    def _placement(self):
+        where, vllm = self.distributed, self.vllm
+        if where.nodes > 1 and self.launch != "slurm":
+            raise ValueError(f"distributed.nodes = {where.nodes} needs launch: slurm, not {self.launch}")
+        if self.launch in ("inline", "subprocess") and (where.processes > 1 or where.zero):
+            raise ValueError(f"launch: {self.launch} is one process; distributed.processes = {where.processes} and "
+                             f"distributed.zero = {where.zero} need launch: torchrun or slurm")
+        if (vllm.mode == "server") != (0 < vllm.nodes < where.nodes):
+            raise ValueError(f"vllm.nodes = {vllm.nodes} must be 1 to {where.nodes - 1} of distributed.nodes where vllm.mode "
+                             "is server, and 0 elsewhere")
+        if vllm.mode != "none" and where.processes % vllm.tensor_parallel:
+            raise ValueError(f"vllm.tensor_parallel = {vllm.tensor_parallel} must divide distributed.processes = "
+                             f"{where.processes}: a copy of the model lies on one node")
+        if where.zero == 3 and self.grpo.lora.rank:
+            raise ValueError("distributed.zero = 3 cannot merge an adapter: give zero: 2, or grpo.lora.rank: 0")
+        return self
+
+    def takes_cot(self, arm: str) -> bool:
+        """What `cot.arm` writes is part of what the arm learns from."""
+        asked, change = self.arms[arm], self.arms[arm].change
+        share = change.get("pretrain.cot_token_fraction", self.pretrain.cot_token_fraction)
+        made = change.get("sft.data", self.sft.data) == "made"
+        return (asked.start == "continual-pretrain" and share != 0) or (asked.algorithm == "sft" and made)
+
+    def arm(self, name: str) -> q.Arm:
+        """Raises RecipeError, with the nearest name, for one that the recipe has not."""
+        if name not in self.arms:
+            raise RecipeError(f"recipe {self.name} has no arm {name!r}{nearest_name(name, self.arms)}; "
+                              f"it has {', '.join(self.arms)}")
+        return self.arms[name]
+
+    def for_arm(self, name: str) -> "Recipe":
+        """The recipe with what the arm changes. Raises RecipeError for an unknown arm, quantity or value."""
+        change = self.arm(name).change
+        if whole := [quantity for quantity in change if quantity.split(".")[0] in _NOT_METHOD]:
+            raise RecipeError(f"{self.name}, arm {name}: {whole[0]!r} holds for a whole run, an arm cannot change it")
+        return _validate(self.model_dump(), change, f"{self.name}, arm {name}") if change else self
+
+    def fingerprint(self, *sections: str, **extra: Any) -> str:
+        """Hex digest of the named sections (all of them if none is named) and whatever else a result depends on."""
+        content = self.model_dump()
+        chosen = {key: content[key] for key in sections or content}
+        return hashlib.sha256(json.dumps([chosen, extra], sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 as text; people write it as a number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {dotted name: value}."""
+    flat = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, name + ".") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def presets() -> list[str]:
+    """Names of the recipes that the kit brings along."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(source: str | Path, *overrides: dict | list[str] | str | None) -> Recipe:
+    """A preset by name or a YAML file by path, with overrides applied in order.
+
+    Each of `overrides` is {"grpo.steps": 5}, ["grpo.steps=5"] or "grpo.steps=5 grpo.group_size=4".
+    Raises RecipeError for an unknown preset, an unknown name (with the nearest valid one) or a value out of range.
+    """
+    pairs = [pair for some in overrides for pair in parse_overrides(some).items()]
+    recipe = _validate(_read(source), dict(pairs), source)
+    for name in recipe.arms:
+        recipe.for_arm(name)
+    return recipe
+
+
+def _validate(tree: dict, changes: dict, source) -> Recipe:
+    for name, value in changes.items():
+        _put(tree, name, value)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, source)) from None
+
+
+def departures(recipe: Recipe, reference: str = "paper") -> list[tuple[str, Any, Any]]:
+    """(name, value in the reference, value here) for each quantity of the method that differs; arms are left out."""
+    theirs, ours = (flatten(r.model_dump(exclude=_NOT_METHOD)) for r in (load_recipe(reference), recipe))
+    return [(name, theirs.get(name), ours[name]) for name in ours if theirs.get(name) != ours[name]]
+
+
+def _read(source: str | Path) -> dict:
+    return read_extending(source, _path, "recipe", RecipeError, _Loader, _merge)
+
+
+def _path(source: str | Path) -> Path:
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"}:
+        return path
+    if str(source) not in presets():
+        raise RecipeError(f"no recipe {str(source)!r}{nearest_name(str(source), presets())}; presets: "
+                          f"{', '.join(presets())}, or give a path that ends in .yaml")
+    return RECIPES / f"{source}.yaml"
+
+
+def read_extending(source: str | Path, find: Callable, what: str, wrong: type[Exception], loader: type, merge: Callable,
+                   below: tuple = ()) -> dict:
+    """The YAML mapping at `find`(source), merged by `merge`(below, above) over what it `extends`. Raises `wrong`, which names
+    the file, for one that cannot be read, is no mapping, or extends itself; `what` it is: a recipe, a profile."""
+    path = find(source)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise wrong(f"cannot read {what} {path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise wrong(f"{what} {path} must be a mapping of names to values, not {type(tree).__name__}")
+    if path in below:
+        raise wrong(f"{what} {path} extends itself")
+    parent = tree.pop("extends", None)
+    if not isinstance(parent, str | None):
+        raise wrong(f"{what} {path}: extends = {parent!r} must be one name")
+    return merge(read_extending(parent, find, what, wrong, loader, merge, (*below, path)), tree) if parent else tree
+
+
+def _merge(below: dict, above: dict) -> dict:
+    """`above` wins, section by section; a table of arms replaces the one below it."""
+    merged = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(below.get(key), dict) and key != "arms"
+        merged[key] = _merge(below[key], value) if nested else value
+    return merged
+
+
+def parse_overrides(overrides) -> dict[str, Any]:
+    """{dotted name: value} of overrides in any of the forms that `load` takes. Raises RecipeError for another."""
+    if isinstance(overrides, dict):
+        return overrides
+    try:
+        words = shlex.split(overrides) if isinstance(overrides, str) else overrides or []
+        if bad := [word for word in words if "=" not in word]:
+            raise RecipeError(f"override {bad[0]!r} is not of the form name=value, such as grpo.steps=5")
+        return {name: yaml.load(value, _Loader) for name, value in (word.split("=", 1) for word in words)}
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"cannot read override {overrides!r}: {error}") from None
+
+
+def _put(tree: dict, name: str, value: Any) -> None:
+    known = flatten(tree)
+    if name not in known and not (value is None and any(other.startswith(f"{name}.") for other in known)):
+        raise RecipeError(f"no quantity {name!r} in the recipe{nearest_name(name, known)}")
+    while name not in tree:  # the keys of an arm's `change` have dots themselves
+        section, _, name = name.partition(".")
+        tree = tree[section]
+    tree[name] = value
+
+
+def nearest_name(name: str, valid) -> str:
+    """What was probably meant, as the end of an error; "" if nothing is like it."""
+    near = difflib.get_close_matches(name, [str(v) for v in valid], n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _explain(error: ValidationError, source) -> str:
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = flatten(_read("paper"))
+            lines.append(f"no quantity {name!r}{nearest_name(name, known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{name} is missing")
+        else:
+            given = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
+            lines.append(f"{name}{given}: {problem['msg']}")
+    return f"recipe {source}: " + "; ".join(lines)

@@ -1,0 +1,194 @@
+"""What the trainers share: arguments, the rows they leave, the model they save."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel
+from transformers import PrinterCallback, TrainerCallback
+
+from lwzlib.base.models import load_model
+from lwzlib.base.parallel import deepspeed_config
+from lwzlib.base.processes import Stop, main_process
+from lwzlib.base.quantities import Lora
+from lwzlib.base.recipe import Recipe
+from lwzlib.base.run_folder import Run
+
+# our column: the name under which TRL logs it
+GRPO_COLUMNS = {
+    "length": "rewards/length/mean", "format": "rewards/format/mean", "writing": "rewards/writing/mean",
+    "think_words": "think_words", "answer_words": "answer_words", "think_tokens": "think_tokens",
+    "answer_tokens": "answer_tokens", "completion_tokens": "completion_tokens",
+    "answer_words_not_truncated": "answer_words_not_truncated", "truncated": "truncated",
+    "groups_without_variance": "groups_without_variance", "advantage_std": "advantage_std", "loss": "loss",
+    "entropy": "entropy", "kl": "kl", "clipped": "clip_ratio/region_mean", "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+}
+RM_COLUMNS = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "learning_rate": "learning_rate"}
+SFT_COLUMNS = {"loss": "loss", "tokens": "num_tokens", "learning_rate": "learning_rate"}
+
+
+def trainer_arguments(recipe: Recipe, run: Run) -> dict:
+    """Arguments that every trainer here takes. Weights already have the recipe's dtype, so autocast stays off; under
+    DeepSpeed, bfloat16 weights have float32 copies in the optimiser. To be made before the model: ZeRO-3 shards as it loads."""
+    cpu = not torch.cuda.is_available()
+    zero = deepspeed_config(recipe) if "RANK" in os.environ else None  # a stage that is one process shards nothing
+    if cpu:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # else a rank's is cpu:0, for which torch cannot load an optimiser
+    if zero and cpu:
+        from deepspeed import init_distributed
+
+        init_distributed(dist_backend="gloo", verbose=False)  # else accelerate starts the group itself, and not for DeepSpeed
+    return {"output_dir": str(run.folder / "checkpoints"), "seed": run.seed, "logging_steps": 1, "report_to": "none",
+            "disable_tqdm": True, "log_level": "error", "bf16": bool(zero) and recipe.model.dtype == "bfloat16",
+            "use_cpu": cpu, "deepspeed": zero, "gradient_checkpointing": recipe.grpo.gradient_checkpointing,
+            "ddp_find_unused_parameters": False}
+
+
+def load_policy(recipe: Recipe, name: str, spread: bool = False):
+    """(model, tokenizer) of any name, in the recipe's dtype and attention, as `models.load`. Raises ModelError."""
+    m = recipe.model
+    return load_model(name, m.dtype, m.attention, m.trust_remote_code, spread=spread)
+
+
+def lora_config(asked: Lora, **more) -> LoraConfig | None:
+    """The adapter that a recipe asks for, with `more` of peft's own arguments; None where all weights are trained."""
+    return LoraConfig(r=asked.rank, lora_alpha=asked.alpha, target_modules=asked.targets, **more) if asked.rank else None
+
+
+def checkpoint_arguments(every_steps: int) -> dict:
+    """Arguments: one every so many steps, and of them the last two."""
+    return {"save_strategy": "steps", "save_steps": every_steps, "save_total_limit": 2}
+
+
+def last_checkpoint(run: Run, *names: str) -> str | None:
+    """Where the last whole checkpoint is, None without one; the rows `names` are cut back to it."""
+    status = run.status
+    run.rewind(status.get("checkpoint_step", 0), *names)
+    return str(run.folder / "checkpoints" / status["checkpoint"]) if "checkpoint" in status else None
+
+
+class AtBegin(TrainerCallback):
+    """Calls `do(model)` when the model lies where it is trained: before, ZeRO-3 has shards of it that nobody can use."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """transformers calls it before the first step; `do` gets the model in eval mode, and its own mode comes back."""
+        training = model.training
+        self.do(model.eval())
+        model.train(training)
+
+
+class Snapshots(TrainerCallback):
+    """Keeps the policy every so many steps, to be rated later: the weights that are trained, nothing of the optimiser."""
+
+    def __init__(self, trainer, run: Run, every_steps: int):
+        self.trainer, self.folder, self.every_steps = trainer, run.folder / "snapshots", every_steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Into `snapshots/<step>`; not the last step, whose model `save` keeps, and never where `every_steps` is 0."""
+        if self.every_steps and state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
+            self.trainer.save_model(str(self.folder / str(state.global_step)))
+
+
+def load_snapshot(recipe: Recipe, folder: Path, start: str):
+    """(model, tokenizer) of a snapshot; an adapter is merged into the model `start`, on which it was trained."""
+    if not (folder / "adapter_config.json").exists():
+        return load_policy(recipe, str(folder), spread=True)
+    model, tokenizer = load_policy(recipe, start, spread=True)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload(), tokenizer
+
+
+def train_to_end(trainer, checkpoint: str | None = None):
+    """Train without the library's own printout (`Rows` shows one line a step); the model, an adapter merged into it.
+    Raises KeyboardInterrupt where `Rows` stopped it, after a checkpoint, because it was asked to."""
+    trainer.remove_callback(PrinterCallback)
+    Stop.training = True
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        Stop.training = False
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def save_trained(model, trainer, run: Run, notes: dict[str, dict] | None = None) -> None:
+    """Safetensors under `model/`, whole or not at all, with the trainer's tokenizer, and `notes` as JSON files beside them.
+    Every process calls it: ZeRO-3 has the weights in shards."""
+    sharded = trainer.is_deepspeed_enabled and run.recipe.distributed.zero == 3
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    if not main_process():
+        return
+    scratch, final = run.folder / ".model", run.folder / "model"
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch, state_dict=weights)
+    trainer.processing_class.save_pretrained(scratch)
+    for name, content in (notes or {}).items():
+        (scratch / name).write_text(json.dumps(content, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(scratch, final)
+
+
+class Rows(TrainerCallback):
+    """Writes a row a step and remembers the last checkpoint that is whole. A row whose step is repeated after a kill
+    replaces the old one, because `Run.rewind` cut the file back first.
+
+    Saves by the clock too, and when the process is asked to stop (`runs.Stop`): then a last time, and ends."""
+
+    def __init__(self, run: Run, columns: dict[str, str]):
+        self.run, self.columns = run, columns
+        self.since, self.tokens, self.saved = time.perf_counter(), 0, time.monotonic()
+        self.every_s = 60 * run.recipe.distributed.checkpoint_every_minutes
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """transformers calls it at each log: one with a loss becomes a row and a printed line, in the first process alone."""
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        values = {ours: logs[theirs] for ours, theirs in self.columns.items() if theirs in logs}
+        values |= {name: value for name, value in logs.items() if name.startswith("type/")}
+        row = {"step": state.global_step} | {name: _number(value) for name, value in values.items()}
+        if "tokens" in row:  # TRL counts them from the start of the process: of this step they are the same after a kill
+            row["tokens"], self.tokens = row["tokens"] - self.tokens, row["tokens"]
+        now = time.perf_counter()
+        row["step_s"], self.since = round(now - self.since, 2), now
+        self.run.append("metrics", row)
+        self.run.update(step=state.global_step, total=state.max_steps)
+        shown = "  ".join(f"{name} {row[name]:.2f}" for name in ("length", "writing", "format", "accuracy", "loss")
+                          if row.get(name) is not None)
+        print(f"{self.run.folder.parent.name}/{self.run.folder.name}  step {state.global_step}/{state.max_steps}  "
+              f"{shown}  {row['step_s']:.1f} s", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """transformers saves, or saves and stops, by what is set here; all processes set the same."""
+        due, asked = _agreed(0 < self.every_s <= time.monotonic() - self.saved, Stop.asked)
+        control.should_save |= due or asked
+        control.should_training_stop |= asked
+
+    def on_save(self, args, state, control, **kwargs):
+        """transformers calls it when a checkpoint is whole: `status.json` then names it."""
+        self.saved = time.monotonic()
+        if state.is_world_process_zero:
+            self.run.update(checkpoint=f"checkpoint-{state.global_step}", checkpoint_step=state.global_step)
+
+
+def _agreed(*facts: bool) -> list[bool]:
+    """What holds in any of the processes: all must save and stop at the same step."""
+    ours = PartialState()
+    found = torch.tensor(facts, dtype=torch.int32, device=ours.device)
+    if ours.num_processes > 1:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return [bool(each) for each in found]
+
+
+def _number(value) -> float | None:
+    """TRL logs some numbers as text; NaN becomes an honest gap."""
+    number = None if value is None else float(value)
+    return None if number is None or number != number else number

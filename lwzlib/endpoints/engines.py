@@ -1,0 +1,189 @@
+"""Completions for an evaluation from any engine, behind one call: transformers or vLLM in process, or an
+OpenAI-compatible server (a base model by plain completions, an instruct model by chat).
+
+Each benchmark gives its own `Decoding`. A row is written as soon as its completion is there, so a stopped process goes on
+with the next. Every engine ends a completion with the first stop string, which stays in the text: without its `</answer>` an
+answer would have no form. Rows serve as samples: {id, query, completion, truncated, tokens, error, key}.
+
+What cannot be the same everywhere: draws. With a temperature above 0 the same seed gives other texts on another engine.
+"""
+
+import asyncio
+import concurrent.futures
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lwzlib.base import models
+from lwzlib.base.kit import ModelError
+from lwzlib.base.models import load_model, load_tokenizer
+from lwzlib.base.quantities import Decoding
+from lwzlib.base.rows import RunError, append_rows, locked, read_rows, write_rows
+from lwzlib.endpoints import llm
+from lwzlib.method.prompts import Framed, as_text
+from lwzlib.method.sampling import counted
+
+_CUT = {"length", "content_filter", "abort"}  # finish reasons of a completion that did not end by itself
+
+
+class Asked(NamedTuple):
+    """A prompt to complete; `id` and `query` go into its row as they are, and `id` must be unique in a call."""
+
+    id: str
+    query: str
+    prompt: Framed  # of `prompts.framed`
+
+
+class Output(NamedTuple):
+    """A completion as an engine yields it."""
+
+    text: str
+    finish: str | None  # stop, length, ...
+    tokens: int  # written; 0 where a server does not say
+    error: str = ""  # why there is no text
+
+
+class Engine(NamedTuple):
+    """`write`(prompts, decoding, seed, first) yields (index, Output) in order, from index `first` or somewhat before it."""
+
+    identity: dict  # what, beside prompt, decoding and seed, a completion depends on
+    write: Callable[[list[Framed], Decoding, int, int], Iterator[tuple[int, Output]]]
+
+
+def generate(engine: Engine, asked: list[Asked], decoding: Decoding, out: Path, seed: int = 0) -> list[dict]:
+    """A row for each prompt, in order, in the JSONL file `out`; what stands there already is not written again. For several
+    completions of a prompt call it with several seeds, each with its file.
+
+    `truncated`: neither the end of the text nor a stop string came within `max_new_tokens`, or a server cut it off. `error`:
+    why a server refused this prompt; its completion is empty. Raises RunError if `out` holds completions of another engine,
+    decoding, seed or prompt, ModelError and LLMError as the engines do.
+    """
+    if len({each.id for each in asked}) < len(asked):
+        raise RunError(f"{out}: ids must be unique; give each prompt its own")
+    keys = [_key(engine.identity, each.prompt, decoding, seed) for each in asked]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f".{out.name}.lock")):
+        rows = read_rows(out)
+        for number, (row, each, key) in enumerate(zip(rows, asked, keys, strict=False), 1):
+            if (row["id"], row["key"]) != (each.id, key):
+                raise RunError(f"{out}, row {number}: {row['id']} was written by another engine, decoding, seed or prompt than "
+                               f"{each.id} asks for now. Choose another file, or remove that one")
+        if len(rows) >= len(asked):
+            return rows[: len(asked)]
+        write_rows(out, rows)  # without a line that a kill cut short
+        for i, output in engine.write([each.prompt for each in asked], decoding, seed, len(rows)):
+            if i >= len(rows):
+                rows.append(_row(asked[i], output, decoding.stop, keys[i]))
+                append_rows(out, rows[-1:])
+    return rows
+
+
+def transformers(name: str, dtype: str, attention: str, batch: int, trust_remote_code: bool = False) -> Engine:
+    """The model `name` (as in a recipe) in this process, `batch` completions at a time."""
+    def write(prompts, decoding, seed, first):
+        model, tokenizer = load_model(name, dtype, attention, trust_remote_code)
+        texts = [as_text(prompt, tokenizer) for prompt in prompts]
+        for i, text, truncated, tokens in counted(model, tokenizer, texts, decoding, batch, seed, decoding.stop, first):
+            yield i, Output(text, "length" if truncated else "stop", tokens)
+
+    identity = {"engine": "transformers", "model": name, "dtype": dtype, "attention": attention, "batch": batch}
+    return Engine(identity, lambda prompts, decoding, seed, first: _paced(
+        write(prompts, decoding, seed, first), name, len(prompts)))
+
+
+def vllm(name: str, batch: int = 256, trust_remote_code: bool = False, **config) -> Engine:
+    """The same in vLLM, which schedules by itself; rows are saved every `batch` completions. `config` goes into `vllm.LLM`:
+    dtype, tensor_parallel_size, max_model_len, gpu_memory_utilization, ... Raises ModelError where vLLM is not installed.
+    """
+    def write(prompts, decoding, seed, first):
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise ModelError(f"this engine needs vLLM (the extra `gpu`, see environment.yml): {error}") from error
+        tokenizer = load_tokenizer(name, trust_remote_code)
+        model = LLM(model=models.resolve(name), trust_remote_code=trust_remote_code, seed=seed, **config)
+        for start in range(first, len(prompts), batch):
+            chunk = [{"prompt_token_ids": tokenizer(as_text(prompt, tokenizer), add_special_tokens=False).input_ids}
+                     for prompt in prompts[start : start + batch]]
+            how = [SamplingParams(temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k,
+                                  max_tokens=decoding.max_new_tokens, stop=decoding.stop, include_stop_str_in_output=True,
+                                  seed=seed + start + i) for i in range(len(chunk))]
+            for i, result in enumerate(model.generate(chunk, how), start):  # in the order of the prompts
+                said = result.outputs[0]
+                yield i, Output(said.text, said.finish_reason, len(said.token_ids))
+
+    return Engine({"engine": "vllm", "model": name} | config, lambda prompts, decoding, seed, first: _paced(
+        write(prompts, decoding, seed, first), name, len(prompts)))
+
+
+def server(settings: llm.Settings, replies: Path) -> Engine:
+    """A model behind an OpenAI-compatible server. Messages go to its chat endpoint, texts to plain completions (there a
+    server may put a begin-of-text token first, which the other engines do not).
+
+    `settings.sampling` has the last word on each field of a request, null leaves it out: {top_k: null} for a server that
+    refuses it, {top_k: 0} against vLLM's habit to fill in what is missing from the model's own generation config. Stop
+    strings are sent only with {include_stop_str_in_output: true} (vLLM), since most servers drop them from the text, and then
+    nobody can tell them from an end; else they are found here, and what a model writes after them is paid for in vain.
+    `settings.timeout_s` must suffice for a whole completion. Replies are kept in `replies`, so nothing is paid for twice.
+    Raises LLMError, and ValueError for texts and messages in one call.
+    """
+    def write(prompts, decoding, seed, first):
+        kinds = {"completions" if isinstance(prompt, str) else "chat" for prompt in prompts}
+        if len(kinds) > 1:
+            raise ValueError("texts and messages cannot be asked in one call")
+        asked = settings.model_copy(update={"endpoint": kinds.pop(), "sampling": _fields(settings.sampling, decoding, seed)})
+        requests = [llm.Request(prompt, llm.Written) for prompt in prompts[first:]]
+        for i, said in enumerate(_finished(llm.ask(requests, asked, replies, _Pace(), settings.model)), first):
+            yield i, Output("", None, 0, str(said)) if isinstance(said, llm.NoAnswer) else Output(*said)
+
+    return Engine({"engine": "server", "model": settings.model, "sampling": settings.sampling}, write)
+
+
+def _fields(given: dict, decoding: Decoding, seed: int) -> dict:
+    wanted: dict = {"temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_new_tokens,
+                    "seed": seed}
+    wanted |= {"top_k": decoding.top_k} if decoding.top_k else {}
+    wanted |= {"stop": decoding.stop} if decoding.stop and given.get("include_stop_str_in_output") else {}
+    return {name: value for name, value in (wanted | given).items() if value is not None}
+
+
+class _Pace(llm.Spent):
+    def __str__(self) -> str:
+        return f"{super().__str__()}, {self.written / max(time.monotonic() - self.began, 1e-9):,.0f} tokens/s"
+
+
+def _finished(coroutine):
+    """What it returns, in a notebook too, where a loop runs already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def _paced(outputs: Iterator[tuple[int, Output]], title: str, total: int, every_s: float = 10) -> Iterator[tuple[int, Output]]:
+    """The same, with a line of progress every `every_s` seconds and at the end."""
+    began = said_at = time.monotonic()
+    tokens = 0
+    for i, output in outputs:
+        yield i, output
+        tokens, now = tokens + output.tokens, time.monotonic()
+        if now - said_at >= every_s or i + 1 == total:
+            said_at = now
+            print(f"{title}: {i + 1:,}/{total:,} completions, {tokens:,} tokens, {tokens / (now - began):,.0f} tokens/s",
+                  flush=True)
+
+
+def _row(asked: Asked, output: Output, stop: list[str], key: str) -> dict:
+    ends = [at + len(string) for string in stop if (at := output.text.find(string)) >= 0]
+    return {"id": asked.id, "query": asked.query, "completion": output.text[: min(ends)] if ends else output.text,
+            "truncated": output.finish in _CUT and not ends, "tokens": output.tokens, "error": output.error, "key": key}
+
+
+def _key(identity: dict, prompt: Framed, decoding: Decoding, seed: int) -> str:
+    content = json.dumps([identity, prompt, decoding.model_dump(), seed], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,0 +1,212 @@
+"""The claims ledger: `figures/claims.yaml` against the committed rows; every verdict is computed, none is written down.
+
+A test is a weighted sum of one column over arms, at the same queries (or places in a quarter of the RL steps) and seeds. Its
+intervals are Student's t, 95%, each over what it names: over queries or steps, of their means over the seeds; and over seeds,
+of the seeds' means. With one seed the latter does not exist, and nothing is decided.
+
+  supported      all intervals lie inside the claim's region: they exclude the opposite
+  not supported  all intervals lie outside it
+  inconclusive   neither, or there is one seed only, or a part of the claim was not run
+  not run        no rows
+A claim of several parts is supported if all of them are, and not supported if any of them is not.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lwzlib.base.rows import DataError, validated
+from lwzlib.exhibits.results import FIGURES, Tables
+
+_TERM = re.compile(r"\S+ (before|after|quarter [1-4])")
+
+
+class Test(BaseModel):
+    """`region`: (low, high), either of which may be open, in units of `column`, or as a share if `relative`."""
+
+    __test__ = False  # for pytest
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    column: str
+    contrast: dict[str, float] = Field(min_length=2)
+    region: tuple[float | None, float | None]
+    relative: bool = False
+
+    @field_validator("contrast")
+    @classmethod
+    def _terms(cls, contrast):
+        if bad := [term for term in contrast if not _TERM.fullmatch(term)]:
+            raise ValueError(f"{bad[0]!r} is not of the form '<arm> before', '<arm> after' or '<arm> quarter <1-4>'")
+        return contrast
+
+    @property
+    def low(self) -> float:
+        """Lower end of `region`; -inf where it is open."""
+        return -np.inf if self.region[0] is None else self.region[0]
+
+    @property
+    def high(self) -> float:
+        """Upper end of `region`; inf where it is open."""
+        return np.inf if self.region[1] is None else self.region[1]
+
+
+class Claim(BaseModel):
+    """An entry of `figures/claims.yaml`; `command` makes the rows that its tests read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
+    of: Literal["paper", "reviewers"]
+    claim: str
+    published: str
+    notebook: str
+    command: str
+    tests: list[Test] = []
+    why_not: str = ""  # why it is not tested
+
+    @model_validator(mode="after")
+    def _tested_or_excused(self):
+        if bool(self.tests) == bool(self.why_not):
+            raise ValueError("a claim has either tests, or `why_not`")
+        return self
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Of one test in one setting: the effect, and its interval over each of what it covers ({} if it was not run)."""
+
+    name: str
+    verdict: str
+    effect: float
+    intervals: dict[str, tuple[float, float]]
+    seeds: tuple[int, ...]
+    relative: bool = False
+
+    def __str__(self):
+        if self.verdict == "not run":
+            return f"{self.name}: not run here"
+        form = "{:+.0%}" if self.relative else "{:+.2f}"
+        said = [f"[{form.format(low)}, {form.format(high)}] over {covers}" for covers, (low, high) in self.intervals.items()]
+        said += ["one seed, so no interval over seeds"] * (len(self.seeds) == 1)
+        return f"{self.name}: {form.format(self.effect)}; {'; '.join(said)}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A claim in one setting ("" if no setting has rows for it)."""
+
+    claim: Claim
+    setting: str
+    verdict: str
+    findings: tuple[Finding, ...]
+
+
+def load_claims(path: Path = FIGURES / "claims.yaml") -> list[Claim]:
+    """Raises DataError, which names the claim and the field, for one that is not of the form above."""
+    rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    claims = [validated(f"{path}, claim {row.get('id', i)}", row, Claim) for i, row in enumerate(rows)]
+    if len({claim.id for claim in claims}) < len(claims):
+        raise DataError(f"{path}: two claims have the same id")
+    return claims
+
+
+def ledger(claims: list[Claim], tables: Tables) -> list[Entry]:
+    """An entry a claim and setting with rows for it; one `not run` entry for a claim without any."""
+    entries = []
+    for claim in claims:
+        found = []
+        for setting in tables.settings:
+            findings = tuple(examine_test(test, tables.of(setting)) for test in claim.tests)
+            if any(finding.verdict != "not run" for finding in findings):
+                found.append(Entry(claim, setting, combined_verdict([finding.verdict for finding in findings]), findings))
+        entries += found or [Entry(claim, "", "not run", ())]
+    return entries
+
+
+def combined_verdict(verdicts: list[str]) -> str:
+    """Of the parts of a claim, some of which were run."""
+    if "not supported" in verdicts:
+        return "not supported"
+    return "supported" if set(verdicts) == {"supported"} else "inconclusive"
+
+
+def examine_test(test: Test, tables: Tables) -> Finding:
+    """One test in one setting."""
+    terms = [weight * values for term, weight in test.contrast.items()
+             if (values := _values(tables, term, test.column)) is not None]
+    if len(terms) < len(test.contrast):
+        return Finding(test.name, "not run", np.nan, {}, ())
+    shared = pd.concat(terms, axis=1, keys=range(len(terms))).dropna()
+    if shared.empty:
+        return Finding(test.name, "not run", np.nan, {}, ())
+    sums = shared.sum(axis=1)
+    if test.relative:
+        sums /= shared.abs().mean(axis=None)
+    units, seeds = (sums.groupby(level=level).mean() for level in ("unit", "seed"))
+    covers = "queries" if next(iter(test.contrast)).endswith(("before", "after")) else "steps"
+    intervals = {f"{len(units)} {covers}": _t_interval(units)}
+    if len(seeds) > 1:
+        intervals[f"{len(seeds)} seeds"] = _t_interval(seeds)
+    verdict = verdict_of(intervals.values(), len(seeds), test)
+    return Finding(test.name, verdict, float(seeds.mean()), intervals, tuple(map(int, seeds.index)), test.relative)
+
+
+def verdict_of(intervals, seeds: int, test: Test) -> str:
+    """The rule above. An interval without ends (of one value) excludes nothing."""
+    if seeds < 2 or any(np.isnan(ends).any() for ends in intervals):
+        return "inconclusive"
+    if all(low > test.low and high < test.high for low, high in intervals):
+        return "supported"
+    return "not supported" if all(high < test.low or low > test.high for low, high in intervals) else "inconclusive"
+
+
+def _values(tables: Tables, term: str, column: str) -> pd.Series | None:
+    """Values by (seed, unit) of one term, or None where it was not measured."""
+    arm, _, when = term.partition(" ")
+    of_steps = when.startswith("quarter")
+    rows = tables.rl if of_steps else tables.held_out
+    rows = rows[(rows.arm == arm) & (True if of_steps else rows.phase == when)]
+    if column not in rows or rows[column].isna().all():
+        return None
+    if of_steps:
+        rows = pd.concat([_quarter(of.sort_values("step"), int(when[-1])) for _, of in rows.groupby("seed")])
+    named = rows.assign(unit=rows.place if of_steps else rows.id)
+    return named.set_index(["seed", "unit"])[column].astype(float)
+
+
+def _quarter(rows: pd.DataFrame, number: int) -> pd.DataFrame:
+    size = max(1, len(rows) // 4)
+    start = len(rows) - size * (5 - number) if number > 2 else size * (number - 1)
+    return rows.iloc[start : start + size].assign(place=range(size))
+
+
+def _t_interval(values: pd.Series) -> tuple[float, float]:
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return np.nan, np.nan
+    half = t.ppf(0.975, len(values) - 1) * values.std() / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def ledger_markdown(entries: list[Entry]) -> str:
+    """The ledger as a Markdown table, for the README."""
+    lines = ["| claim | published | measured here | verdict |", "|---|---|---|---|"]
+    for entry in entries:
+        found = "<br>".join([f"*{entry.setting}*", *map(str, entry.findings)]) if entry.findings else why_not_run(entry)
+        cells = (f"{entry.claim.claim} (`{entry.claim.notebook}`, `{entry.claim.command}`)", entry.claim.published, found,
+                 f"**{entry.verdict}**")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def why_not_run(entry: Entry) -> str:
+    """Why a claim has no findings."""
+    return f"not run here: {entry.claim.why_not or f'`{entry.claim.command}` makes the rows'}"

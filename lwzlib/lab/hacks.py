@@ -1,0 +1,177 @@
+"""Ways to cheat the rewards, and whether they pay.
+
+Each attack turns an honest completion into one that a reader would call worse, and that a policy might find because some
+reward likes it. Put into the group of its original, it may not get the higher advantage: `table` says which do.
+"""
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from lwzlib.base.rows import read_rows
+from lwzlib.data.damage import OTHER_LANGUAGE, TEXTS, endless, fill, join, reword, wordings
+from lwzlib.method.advantage import fuse
+from lwzlib.method.prompts import wrap
+from lwzlib.method.text import count_words, parse, split_sentences
+
+_ZERO_WIDTH, _THIN = "\u200b", 3  # a text of a third of the words, each of which shall count three times
+_LOOK_ALIKES = str.maketrans("aeopcyxiAEOPCTBHMK", "аеорсухіΑΕＯРСＴВНМК")
+_TOPIC = re.compile(r"[A-Za-z]{5,}|[\u4e00-\u9fff]{2,4}")
+_STUB = {"en": "The text is above.", "zh": "全文见上。"}
+
+
+@dataclass(frozen=True)
+class Honest:
+    """An honest completion; `word_range` is [lower, upper] in words, that of its query."""
+
+    id: str
+    group: str
+    language: str
+    query: str
+    word_range: tuple[int, int]
+    plan: str
+    answer: str
+
+    @property
+    def sentences(self) -> list[str]:
+        """Those of the answer, without the plan's."""
+        return split_sentences(self.answer)
+
+    @property
+    def opening(self) -> list[str]:
+        """What a loop loops: the first half."""
+        return self.sentences[: max(2, len(self.sentences) // 2)]
+
+    def wordings(self, kind: str, rng: random.Random) -> Iterator[str]:
+        """The kit's `kind` of wordings (keywords, templates, ...) in this language, endless, in orders that `rng` draws."""
+        return endless(wordings(self.language)[kind], rng)
+
+
+def groups() -> list[list[Honest]]:
+    """The kit's honest completions, one list for each query."""
+    rows = [Honest(**row | {"word_range": tuple(row["word_range"])}) for row in read_rows(TEXTS / "honest_groups.jsonl")]
+    return [list(rows) for _, rows in itertools.groupby(rows, key=lambda row: row.group)]
+
+
+def _loop(honest: Honest, rng: random.Random, reframe: bool) -> Iterator[str]:
+    yield from honest.opening
+    for sentence in itertools.cycle(honest.opening):
+        yield reword(sentence, rng, honest.language, reframe)
+
+
+def _templates(honest: Honest, rng: random.Random) -> Iterator[str]:
+    topics = _TOPIC.findall(honest.query)
+    for number, template in enumerate(honest.wordings("templates", rng), 1):
+        yield template.format(n=number, topic=rng.choice(topics))
+
+
+def _headings(honest: Honest, rng: random.Random) -> Iterator[str]:
+    topics = _TOPIC.findall(honest.query)
+    for number, keyword in enumerate(honest.wordings("keywords", rng), 1):
+        yield f"## {number}. {rng.choice(topics)}: {keyword}"
+
+
+def _keywords(honest: Honest, rng: random.Random) -> Iterator[str]:
+    yield from honest.opening
+    comma, stop = {"en": (", ", "."), "zh": ("、", "。")}[honest.language]
+    for keywords in zip(*[honest.wordings("keywords", rng)] * 6, strict=False):
+        yield comma.join(keywords) + stop
+
+
+def _alternating(honest: Honest, rng: random.Random) -> Iterator[str]:
+    foreign = endless(wordings(OTHER_LANGUAGE[honest.language])["filler"], rng)
+    return itertools.chain.from_iterable(zip(itertools.cycle(honest.sentences), foreign, strict=False))
+
+
+_ENDLESS: dict[str, Callable[[Honest, random.Random], Iterator[str]]] = {  # sentences, of which as many are taken as fit
+    "repetition": lambda honest, rng: itertools.cycle(honest.opening),
+    "paraphrase_loop": lambda honest, rng: _loop(honest, rng, reframe=True),
+    "synonym_rotation": lambda honest, rng: _loop(honest, rng, reframe=False),
+    "numbered_templates": _templates,
+    "keyword_inflation": _keywords,
+    "language_alternation": _alternating,
+    "headings": _headings,
+    "prompt_copy": lambda honest, rng: itertools.repeat(honest.query),
+}
+
+
+def _one_sentence(honest: Honest, words: int) -> str:
+    return re.sub(r"[.!?。！？；;]", ",", join(fill(itertools.cycle(honest.opening), words)))
+
+
+_ONCE: dict[str, Callable[[Honest, int], tuple[str, str]]] = {  # (plan, answer)
+    "giant_sentence": lambda honest, words: (honest.plan, _one_sentence(honest, words)),
+    "giant_paragraph": lambda honest, words: (honest.plan, join(honest.sentences)),
+    "zero_width": lambda honest, words: (honest.plan, re.sub(
+        r"(?<=\w\w)\B(?=\w\w)|(?<=[\u4e00-\u9fff])(?=\w)", _ZERO_WIDTH, join(fill(honest.sentences, words // _THIN)))),
+    "look_alikes": lambda honest, words: (
+        honest.plan, join(fill(honest.sentences, words // _THIN)).translate(_LOOK_ALIKES)),
+    "hidden_in_plan": lambda honest, words: (f"{honest.plan}\n\n{honest.answer}", honest.answer),
+    "stub_answer": lambda honest, words: (f"{honest.plan}\n\n{honest.answer}", _STUB[honest.language]),
+    "empty_plan": lambda honest, words: ("", honest.answer),
+    "nested_tags": lambda honest, words: (honest.plan, f"<answer>{honest.answer}</answer>"),
+    "repeated_tags": lambda honest, words: (honest.plan, f"{honest.answer}</answer>\n<answer>{honest.answer}"),
+}
+
+
+def _from_stream(make: Callable, honest: Honest, words: int, rng: random.Random) -> str:
+    return wrap(honest.plan, join(fill(make(honest, rng), words)), "think")
+
+
+def _from_parts(make: Callable, honest: Honest, words: int, rng: random.Random) -> str:
+    plan, answer = make(honest, words)
+    return wrap(plan, answer, "think")
+
+
+ATTACKS: dict[str, Callable[[Honest, int, random.Random], str]] = {  # the int: words of answer to aim at, where it can
+    **{name: partial(_from_stream, make) for name, make in _ENDLESS.items()},
+    **{name: partial(_from_parts, make) for name, make in _ONCE.items()},
+    "code_block": lambda honest, words, rng: f"```\n{wrap(honest.plan, honest.answer, 'think')}\n```",
+}
+
+
+def asking(times: float, languages: Iterable[str] = ("en", "zh")) -> list[list[Honest]]:
+    """The kit's groups in these languages, their queries asking for `times` as many words: above 1, every honest text
+    falls short."""
+    return [[replace(honest, word_range=(round(times * honest.word_range[0]), round(times * honest.word_range[1])))
+             for honest in group] for group in groups() if group[0].language in languages]
+
+
+def attack_table(rewards: dict[str, Callable], weights, mode: str = "zscore", words_factor: float | None = None, seed: int = 0,
+          among: list[list[Honest]] | None = None) -> pd.DataFrame:
+    """One row per attack, averaged over the groups (default: the kit's), the ones that pay best first.
+
+    The attack on the first of a group joins the group as one more member, its original stays. Of three lengths (the
+    original's, the middle and the upper bound of the range) it takes the one that pays best, as a policy would; with
+    `words_factor`, that many times the original's. `weights` has one number for each of `rewards`, `mode` is one of
+    `advantage.MODES`. Columns: attack, words (of the hacked answer), honest_ and hacked_ of each raw reward and of the
+    fused advantage, their difference, and wins: the share of groups in which the attack beats its original.
+    """
+    rows = [row for group in among or groups() for row in _compare(group, rewards, weights, mode, words_factor, seed)]
+    return pd.DataFrame(rows).groupby("attack", as_index=False).mean().sort_values("difference", ascending=False)
+
+
+def _compare(group: list[Honest], rewards, weights, mode, words_factor, seed) -> Iterator[dict]:
+    honest, own = group[0], count_words(group[0].answer)
+    lengths = [own, sum(honest.word_range) // 2, honest.word_range[1]] if words_factor is None else [round(own * words_factor)]
+    tries = list(itertools.product(ATTACKS, lengths))
+    hacked = [ATTACKS[name](honest, n, random.Random(f"{seed} {name} {honest.id} {n}")) for name, n in tries]
+    completions = [wrap(each.plan, each.answer, "think") for each in group] + hacked
+    asked: dict[str, list] = {"style": ["think"], "word_range": [honest.word_range], "query": [honest.query]}
+    asked = {key: value * len(completions) for key, value in asked.items()}
+    scores = np.array([reward(completions=completions, **asked) for reward in rewards.values()], dtype=float).T
+    nine = np.array([[*scores[: len(group)], score] for score in scores[len(group) :]])
+    fused = np.array([fuse(members[None], weights, mode)[0] for members in nine])
+    for attack in ATTACKS:
+        best = max((i for i, (name, _) in enumerate(tries) if name == attack), key=lambda i: fused[i, -1])
+        raw = {f"{whose}_{name}": nine[best, place, k] for k, name in enumerate(rewards)
+               for whose, place in (("honest", 0), ("hacked", -1))}
+        one, other = fused[best, 0], fused[best, -1]
+        yield {"attack": attack, "words": count_words(parse(hacked[best], "think").answer), **raw, "honest_advantage": one,
+               "hacked_advantage": other, "difference": other - one, "wins": float(other > one + 1e-9)}

@@ -1,0 +1,70 @@
+"""Long chain-of-thought documents: what a trained arm writes, plan and work, for training queries.
+
+The paper mixes 1% of them, distilled from the Base-think model, into continual pretraining. How many were generated and
+how they were chosen is not published: here each query is answered several times, the completion with the highest fused
+advantage of its group is kept if its form is exact and it ended by itself (`cot.exact_only`), and near copies are taken out.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lwzlib.base.models import load_tokenizer
+from lwzlib.base.recipe import Recipe
+from lwzlib.base.rows import RunError, write_rows
+from lwzlib.base.run_folder import Run
+from lwzlib.method import prompts
+from lwzlib.method.advantage import fuse
+from lwzlib.method.queries import load_queries
+from lwzlib.method.rewards import reward_names
+from lwzlib.method.samples import Policy, scored
+from lwzlib.method.text import TAGS, parse
+
+
+def distil(recipe: Recipe, run: Run, model_name: str, writing_rm: str, tokenise: Callable, write=None) -> Path:
+    """The stage `distil`: `documents.jsonl` {id, text, query, answer}, which `tokenise`(recipe, sources, folder) turns into
+    token files. Returns its folder. `write` as in `samples.scored`.
+
+    Raises RunError where no completion can be kept.
+    """
+    if run.finished:
+        return run.folder
+    asked, arm = recipe.cot, recipe.arm(recipe.cot.arm)
+    with run.work():
+        queries = load_queries(recipe.data.train, recipe.data.languages)
+        chosen = random.Random(run.seed).sample(queries, min(asked.queries, len(queries)))
+        rows = scored(recipe, run, "completions", Policy(model_name), writing_rm,
+                               [q for q in chosen for _ in range(asked.completions_per_query)], arm.prompt,
+                               recipe.grpo.sampling, asked.batch_completions, [TAGS[arm.prompt][-1]], write)
+        best, left_out = choose(recipe, rows)
+        if not best:
+            raise RunError(f"none of {len(rows)} completions of {model_name} can be a document: {left_out}. Train arm "
+                           f"{asked.arm} for longer, or set pretrain.cot_token_fraction=0")
+        tokenizer = load_tokenizer(recipe.model.name, recipe.model.trust_remote_code)
+        write_rows(run.folder / "documents.jsonl", (
+            {"id": row["id"], "query": row["query"], "answer": parse(row["completion"], arm.prompt).answer,
+             "text": prompts.render(row["query"], arm.prompt, recipe.model.frame, recipe.prompt, tokenizer)
+             + row["completion"].strip()} for row in best))
+        tokenise(recipe, [str(run.folder / "documents.jsonl")], run.folder)
+        run.update(documents=len(best), left_out=left_out)
+    return run.folder
+
+
+def choose(recipe: Recipe, rows: list[dict]) -> tuple[list[dict], dict]:
+    """The best completion of each query (groups of consecutive rows), and why the others' best were left out."""
+    size = recipe.cot.completions_per_query
+    names = list(reward_names(recipe))
+    weights = [getattr(recipe.reward.weights, name) for name in names]
+    scores = np.array([[row[name] for name in names] for row in rows], dtype=float).reshape(-1, size, len(names))
+    best = fuse(scores, weights, recipe.grpo.advantage).argmax(axis=1) + np.arange(0, len(rows), size)
+    style, kept, left_out = recipe.arm(recipe.cot.arm).prompt, [], Counter()
+    for row in (rows[i] for i in best):
+        reason = "truncated" if row["truncated"] else "" if parse(row["completion"], style).exact else "form not exact"
+        reason = reason if recipe.cot.exact_only else ""
+        left_out[reason] += 1
+        kept += [] if reason else [row]
+    left_out.pop("", None)
+    return kept, dict(left_out)

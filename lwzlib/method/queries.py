@@ -1,0 +1,80 @@
+"""Queries with the word range that each asks for.
+
+The paper takes its RL queries from WildChat-1M and LMSYS-Chat-1M and lets QwQ-32B predict the ranges. The kit ships
+queries of its own (252 for training, 72 held out; English and Chinese 2:1; the six WritingBench domains), written for
+it, with ranges set by hand, and a short variant of each for models that can only write a paragraph.
+"""
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lwzlib.base.recipe import Recipe
+from lwzlib.base.rows import DataError, rows_of, validated
+from lwzlib.method.text import language_of
+
+DOMAINS = {"D1": "Academic & Engineering", "D2": "Finance & Business", "D3": "Politics & Law",
+           "D4": "Literature & Art", "D5": "Education", "D6": "Advertising & Marketing"}
+
+
+class Query(BaseModel):
+    """One writing request. `word_range` is [lower, upper] in words, 0 < lower <= upper <= 12000."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(min_length=1)
+    query: str = Field(pattern=r"\S")
+    word_range: tuple[int, int]
+    language: str = Field(pattern="^(en|zh)$")
+    domain: str = Field(default="unknown", pattern="^(D[1-6]|unknown)$")
+    type: str = "unknown"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _language(cls, row):
+        if isinstance(row, dict) and isinstance(row.get("query"), str):
+            return {"language": language_of(row["query"])} | row
+        return row
+
+    @model_validator(mode="after")
+    def _bounds(self):
+        lower, upper = self.word_range
+        if not 0 < lower <= upper <= 12000:
+            raise ValueError(f"word_range [{lower}, {upper}] must satisfy 0 < lower <= upper <= 12000")
+        return self
+
+
+def load_queries(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Query]:
+    """Queries from `kit:<name>` (train, heldout, train_short, heldout_short), a JSONL file, or `hub:<dataset>`.
+
+    Raises DataError at the first row that breaks the schema, at a repeated id, or if no query is left.
+    """
+    languages, seen, queries = set(languages), {}, []
+    for place, row in rows_of(source):
+        query = validated(place, row, Query)
+        if query.id in seen:
+            raise DataError(f"{place}: id {query.id!r} was already used at {seen[query.id]}; ids must be unique")
+        seen[query.id] = place
+        if query.language in languages:
+            queries.append(query)
+    if not queries:
+        raise DataError(f"{source} has no query in {', '.join(sorted(languages))}")
+    return queries
+
+
+def queries_of_recipe(recipe: Recipe) -> list[Query]:
+    """The training queries of a recipe, then the held-out ones. Raises DataError where they do not fit its settings."""
+    asked = {source: load_queries(source, recipe.data.languages) for source in (recipe.data.train, recipe.data.heldout)}
+    train, step, longest = asked[recipe.data.train], recipe.grpo.queries_per_step, recipe.reward.length.max_words
+    if len(train) < step and any(arm.algorithm == "grpo" for arm in recipe.arms.values()):
+        raise DataError(f"{recipe.data.train} has {len(train)} queries, and a step takes grpo.queries_per_step = {step}")
+    for source, queries in asked.items():
+        for query in queries if recipe.reward.weights.length else []:
+            if query.word_range[1] >= longest:
+                raise DataError(f"{source}, query {query.id!r}: word_range {list(query.word_range)} must end below "
+                                f"reward.length.max_words = {longest}")
+    seen = {query.query: query.id for query in train}
+    if both := next((query for query in asked[recipe.data.heldout] if query.query in seen), None):
+        raise DataError(f"{recipe.data.heldout}, query {both.id!r} is also trained on (query {seen[both.query]!r} of "
+                        f"{recipe.data.train}): held-out queries must be others")
+    return [*train, *asked[recipe.data.heldout]]

@@ -1,0 +1,63 @@
+"""The baseline: supervised fine-tuning on long answers, by TRL's SFTTrainer.
+
+The paper fine-tunes the base and the continually pretrained model on long answers in LongWriter's form (`messages`), and
+finds that it does not profit from continual pretraining as RL does. Loss on the answer alone; documents are packed, and one
+that is longer than a sequence is cut.
+Small models cannot write LongWriter's answers. `sft.data: made` takes the best completions of the distilled arm, without
+their plans, and passages written by people, with a request worded for each.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lwzlib.base.recipe import Recipe
+from lwzlib.base.rows import DataError
+from lwzlib.base.run_folder import Run
+from lwzlib.method import prompts
+from lwzlib.method.text import Style
+
+
+def train_sft(recipe: Recipe, run: Run, arm: str, start: str, rows: Callable[[], Iterable[dict]]) -> Path:
+    """The stage `sft` of an arm, on what `rows` gives: `messages`, two turns each. Resumes from the last whole checkpoint;
+    returns the folder of the model."""
+    if run.finished:
+        return run.folder / "model"
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from lwzlib.base import trainers
+
+    asked = recipe.sft
+    with run.work():
+        last = trainers.last_checkpoint(run, "metrics")
+        config = SFTConfig(
+            num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, lr_scheduler_type="cosine",
+            per_device_train_batch_size=asked.batch_sequences, max_length=asked.max_tokens, packing=True,
+            packing_strategy="bfd", **trainers.checkpoint_arguments(asked.checkpoint_every_steps),
+            **trainers.trainer_arguments(recipe, run))
+        with config.main_process_first(local=False):
+            if not run.rows("data"):
+                run.write("data", rows())
+        model, tokenizer = trainers.load_policy(recipe, start)
+        documents = [_document(recipe, recipe.arm(arm).prompt, row, f"{asked.data}, row {i}", tokenizer)
+                     for i, row in enumerate(run.rows("data"), 1)]
+        read = tokenizer([row["prompt"] + row["completion"] + tokenizer.eos_token for row in documents]).input_ids
+        cut = sum(len(ids) > asked.max_tokens for ids in read)
+        print(f"sft: {len(documents)} documents; {cut} are cut, longer than sft.max_tokens = {asked.max_tokens}")
+        trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(documents), processing_class=tokenizer,
+                             callbacks=[trainers.Rows(run, trainers.SFT_COLUMNS)], peft_config=trainers.lora_config(asked.lora))
+        trainers.save_trained(trainers.train_to_end(trainer, last), trainer, run)
+        run.update(documents=len(documents), documents_cut=cut)
+    return run.folder / "model"
+
+
+def _document(recipe: Recipe, style: Style, row, place: str, tokenizer) -> dict:
+    """{prompt, completion}: the request in the arm's prompt, the answer in its form."""
+    try:
+        (asker, query), (writer, answer) = ((turn["role"], turn["content"]) for turn in row["messages"])
+    except (TypeError, KeyError, ValueError):
+        raise DataError(f"{place}: needs messages, two turns of role and content; got {str(row)[:100]}") from None
+    if (asker, writer) != ("user", "assistant") or not query.strip() or not answer.strip():
+        raise DataError(f"{place}: the turns must be of user and assistant, and not empty; got {asker}, {writer}")
+    return {"prompt": prompts.render(query, style, recipe.model.frame, recipe.prompt, tokenizer),
+            "completion": prompts.wrap("", answer, style)}

@@ -1,0 +1,129 @@
+"""`lwz run`: the notebooks of the main job, in order, through papermill, into the run folder."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from lwzlib.base.paths import NOTEBOOKS
+from lwzlib.base.recipe import Recipe
+from lwzlib.base.rows import RunError, write_atomic
+from lwzlib.base.run_folder import Run, status_of
+from lwzlib.pipeline.launch import MALLOC
+from lwzlib.pipeline.stages import places, stage_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A notebook to execute, where its executed copy goes, and its parameters."""
+
+    notebook: str
+    output: str
+    parameters: dict
+
+
+def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str]) -> list[Step]:
+    """The notebooks of a run in order, 05 once for each arm that is trained by RL."""
+    common = {"recipe": source, "seed": seed, "run_dir": str(folder.resolve()), "overrides": overrides}
+    judge = ["03_writing_rm"] * any(stage == "writing-rm" for _, stage in places(recipe))
+    once = [Step(name, name, common) for name in ("00_start_here", "01_data_and_length_ranges", "02_reward_design", *judge,
+                                                  "04_grpo_step_by_step")]
+    arms = [Step("05_train_grpo", f"05_train_grpo_{arm}", common | {"arm": arm})
+            for arm, asked in recipe.arms.items() if asked.algorithm == "grpo"]
+    pretrained = any(arm.start == "continual-pretrain" for arm in recipe.arms.values())
+    compared = ["06_think_vs_nothink", *["07_continual_pretraining"] * pretrained,
+                *["08_sft_vs_rl"] * any(arm.algorithm == "sft" for arm in recipe.arms.values()), "09_evaluate"]
+    return [*once, *arms, *(Step(name, name, common) for name in compared)]
+
+
+def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
+    """Each of the recipe's `launch.places`: arm, stage, state, step of how many, seconds."""
+    return [_row(arm, stage, run.folder) for (arm, stage), run in _stages(recipe, root, seed).items()]
+
+
+def _stages(recipe: Recipe, root: str | Path, seed: int) -> dict[tuple[str, str], Run]:
+    return {(arm, stage): stage_run(stage, recipe, root, seed, arm) for arm, stage in places(recipe)}
+
+
+def stages_found(root: str | Path) -> list[dict]:
+    """The same of the stages that were started in a run folder, the oldest first."""
+    paths = sorted(Path(root).glob("**/status.json"), key=lambda path: (path.parent / "recipe.yaml").stat().st_mtime)
+    names = [path.parent.relative_to(root).parts for path in paths]
+    return [_row("/".join(arm), stage, path.parent) for path, (*arm, stage) in zip(paths, names, strict=True)]
+
+
+def _row(arm: str, stage: str, folder: Path) -> dict:
+    status = status_of(folder)
+    return {"arm": arm or "all arms", "stage": stage, "state": status.get("state", "to do"), "step": status.get("step"),
+            "of": status.get("total"), "seconds": status.get("wall_s")}
+
+
+def show_stages(folder: Path, rows: list[dict]) -> None:
+    """Print the arms and stages (rows of `overview` or `found`): what is done, running, to do, and how long each took."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("arm", "stage", "state", "step", "seconds", title=str(folder), box=None)
+    for row in rows:
+        step = f"{row['step']}/{row['of']}" if row["of"] else ""
+        table.add_row(row["arm"], row["stage"], row["state"], step, f"{row['seconds']:.0f}" if row["seconds"] else "",
+                      style={"finished": "green", "to do": "dim"}.get(row["state"], "bold"))
+    Console().print(table)
+
+
+def run_notebooks(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str]) -> Path:
+    """Execute what is not done yet and write the report. Raises RunError before anything is executed if the folder holds a run
+    of another recipe, else at the first failing cell."""
+    from lwzlib.exhibits.page import write_report
+
+    stages = _stages(recipe, folder, seed)
+    for stage in stages.values():
+        stage.check()
+    asked = [recipe.fingerprint(), *(stage.fingerprint for stage in stages.values())]
+    os.environ |= MALLOC  # of the kernels: some train a step or score with a model themselves
+    show_stages(folder, overview(recipe, folder, seed))
+    executed = folder / "notebooks"
+    executed.mkdir(parents=True, exist_ok=True)
+    record = executed / "done.json"
+    todo = steps(recipe, folder, seed, source, overrides)
+    done = json.loads(record.read_text()) if record.exists() else {}  # output: its digest, and what was finished when it ended
+    done = {output: said for output, said in done.items() if set(said[1:]) <= set(_finished(stages))}  # else it was removed
+    write_atomic(record, json.dumps(done, indent=1))
+    for number, step in enumerate(todo, 1):
+        digest = _digest(step, asked)
+        if done.get(step.output, [""])[0] == digest:
+            print(f"[{number}/{len(todo)}] {step.output}: already done", flush=True)
+            continue
+        print(f"[{number}/{len(todo)}] {step.output}", flush=True)
+        _execute(step, executed / f"{step.output}.ipynb")
+        done[step.output] = [digest, *_finished(stages)]
+        write_atomic(record, json.dumps(done, indent=1))
+    page = write_report(folder)
+    show_stages(folder, overview(recipe, folder, seed))
+    print(f"done: open {page}")
+    return page
+
+
+def _finished(stages: dict[tuple[str, str], Run]) -> list[str]:
+    return ["/".join(place) for place, stage in stages.items() if stage.finished]
+
+
+def _digest(step: Step, asked: list[str]) -> str:
+    source = (NOTEBOOKS / f"{step.notebook}.ipynb").read_bytes()
+    return hashlib.sha256(source + json.dumps([asked, step.parameters]).encode()).hexdigest()[:16]
+
+
+def _execute(step: Step, output: Path) -> None:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{step.notebook}.ipynb", output, step.parameters, kernel_name="python3",
+            progress_bar=False, stdout_file=sys.stdout, start_timeout=120,
+            extra_arguments=["--IPKernelApp.log_level=50"])
+    except PapermillExecutionError as error:
+        raise RunError(f"{output} stopped in cell {error.cell_index}:\n{error.source}\n\n"
+                       + "\n".join(error.traceback[-3:] or [f"{error.ename}: {error.evalue}"])) from None

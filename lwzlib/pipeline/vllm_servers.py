@@ -1,0 +1,104 @@
+"""vLLM for GRPO: colocated with the trainer, or as servers on nodes of their own, as TRL 1.16 wants them; and, where the recipe
+has servers, on all nodes for the stages that only write.
+
+TRL talks to one `vllm serve`, so the servers' nodes form one: the first answers HTTP, the others are headless, and each copy
+of the model is a data-parallel rank of it; TRL's rank 0 broadcasts new weights to all of them over NCCL. The server listens
+on its node's own name and, because weights must come in, with vLLM's development endpoints: inside an allocation only.
+
+On CPU vLLM cannot take new weights: here what it writes for a stage is tested, and of GRPO its commands, the waiting and the
+stopping.
+"""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from lwzlib.base.parallel import _PORT, URL, accumulation
+from lwzlib.base.recipe import Recipe
+from lwzlib.base.rows import RunError
+from lwzlib.pipeline import ranks
+
+_POLL_S = 0.5
+_TRAINS = ["--weight-transfer-config", '{"backend": "nccl"}', "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
+_WRITES = ["--generation-config", "vllm"]  # not the model's own: the recipe says how completions are drawn
+
+
+@contextlib.contextmanager
+def ready(stage: str, recipe: Recipe, folder: Path, model: str) -> Iterator[tuple[list[str], dict]]:
+    """What to put before a stage's command to run it in every process of the world, and what to add to its environment.
+    For `grpo` with vLLM servers these answer, and are stopped at the end. Raises RunError before anything is started."""
+    served = stage == "grpo" and recipe.vllm.mode == "server"
+    at, logs = ranks.world(recipe, served), folder / "logs"
+    if stage == "grpo":
+        accumulation(recipe, at.size)
+    logs.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as around:
+        env = around.enter_context(serve(recipe, at, logs, model)) if served else {}
+        yield ranks.agents(at, logs), env
+
+
+def everywhere(recipe: Recipe) -> ranks.World:
+    """vLLM on all nodes of the recipe: nobody trains meanwhile. Raises RunError outside an allocation that is large enough."""
+    at = ranks.world(recipe)
+    return dataclasses.replace(at, hosts=at.hosts[:1], servers=at.hosts)
+
+
+def commands(recipe: Recipe, at: ranks.World, model: str, trains: bool = True) -> list[list[str]]:
+    """`vllm serve` for each server node, the one that answers HTTP first; it takes new weights if a model `trains`."""
+    vllm, head = recipe.vllm, at.servers[0]
+    local = recipe.distributed.processes // vllm.tensor_parallel
+    common = [
+        "vllm", "serve", model, "--host", head, "--port", str(at.port + 3), "--dtype", recipe.model.dtype,
+        "--tensor-parallel-size", str(vllm.tensor_parallel), "--gpu-memory-utilization", str(vllm.memory_share),
+        "--data-parallel-size", str(local * len(at.servers)), "--data-parallel-size-local", str(local),
+        "--data-parallel-address", head, "--data-parallel-rpc-port", str(at.port + 4), *(_TRAINS if trains else _WRITES),
+        *["--trust-remote-code"] * recipe.model.trust_remote_code]
+    return [common + (["--headless", "--data-parallel-start-rank", str(node * local)] if node else [])
+            for node in range(len(at.servers))]
+
+
+@contextlib.contextmanager
+def serve(recipe: Recipe, at: ranks.World, logs: Path, model: str, trains: bool = True) -> Iterator[dict]:
+    """Start the servers, wait until they answer, yield what the ranks need to know, stop them. Raises RunError with the
+    end of a server's log if it dies or does not answer within `distributed.start_s`."""
+    logs.mkdir(parents=True, exist_ok=True)
+    url, running = f"http://{at.servers[0]}:{at.port + 3}", []
+    try:
+        for host, command in zip(at.servers, commands(recipe, at, model, trains), strict=True):
+            log = logs / f"vllm-{host}.log"
+            with log.open("wb") as file:
+                running.append((log, subprocess.Popen(
+                    [*(ranks.srun([host]) if at.slurm else []), *command], stdin=subprocess.DEVNULL, stdout=file,
+                    stderr=subprocess.STDOUT, env=os.environ | ({"VLLM_SERVER_DEV_MODE": "1"} if trains else {}))))
+        _wait(url, running, recipe.distributed.start_s)
+        print(f"vLLM answers at {url}, {len(at.servers)} nodes", flush=True)
+        yield {URL: url, _PORT: str(at.port + 2)}
+    finally:
+        for _, process in running:
+            process.terminate()
+        for _, process in running:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(url: str, running: list, patience_s: int) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        for log, process in running:
+            if process.poll() is not None:
+                raise RunError(f"a vLLM server ended with exit code {process.returncode} before it answered; the end of "
+                               f"{log}:\n{ranks.tail(log)}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        if time.monotonic() > deadline:
+            raise RunError(f"vLLM does not answer at {url}/health within distributed.start_s = {patience_s} s; the end of "
+                           f"{running[0][0]}:\n{ranks.tail(running[0][0])}")
+        time.sleep(_POLL_S)

@@ -1,0 +1,182 @@
+"""A stage's folder: its states, what it refuses, and that neither a kill nor a full disk costs what was done."""
+
+import contextlib
+import json
+import os
+import resource
+
+import pytest
+
+from lwzlib.base import provenance, recipe, rows, run_folder
+from lwzlib.base.provenance import commit_of
+from lwzlib.base.recipe import load_recipe
+from lwzlib.base.rows import RunError, append_rows, read_rows, write_atomic
+from lwzlib.base.run_folder import Run, status_of
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(rows, "_LOCK_PATIENCE_S", 0)
+    monkeypatch.setattr(provenance, "hardware", lambda: "test")  # the real one imports torch
+
+
+def _run(folder, overrides=None, seed=1, sections=("model", "grpo"), **inputs):
+    return Run(folder / "stage", load_recipe("smoke", overrides), seed, sections, inputs)
+
+
+def _finish(folder, **inputs):
+    with _run(folder, **inputs).work():
+        pass
+
+
+@contextlib.contextmanager
+def _largest_file(size):
+    """No file may grow beyond `size` bytes: a real partial write, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_run_is_finished_after_its_work_and_not_before(tmp_path):
+    run = _run(tmp_path)
+    assert (run.status, run.finished) == ({}, False)
+    with run.work():
+        assert (run.status["state"], run.status["pid"], run.finished) == ("running", os.getpid(), False)
+    assert (run.status["state"], run.finished) == ("finished", True)
+    assert _run(tmp_path).finished
+
+
+def test_work_leaves_what_was_asked_and_what_made_it(tmp_path):
+    _finish(tmp_path, model_hash="abc")
+    asked = recipe.yaml.safe_load((tmp_path / "stage" / "recipe.yaml").read_text())
+    assert (set(asked), asked["seed"]) == ({"model", "grpo", "seed", "inputs"}, 1)
+    assert asked["inputs"] == {"model_hash": "abc"}
+    made = json.loads((tmp_path / "stage" / "provenance.json").read_text())
+    assert {"commit", "versions", "hardware", "started"} <= set(made)
+
+
+@pytest.mark.parametrize(("error", "state"), [
+    (KeyboardInterrupt, "interrupted"), (ValueError, "failed"), (SystemExit, "failed")])
+def test_work_that_stops_early_says_how_and_goes_on_later(tmp_path, error, state):
+    run = _run(tmp_path)
+    with pytest.raises(error), run.work():
+        run.update(step=3)
+        raise error
+    assert (run.status["state"], run.finished) == (state, False)
+    with run.work():
+        assert run.status["step"] == 3
+    assert run.finished
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"overrides": {"grpo.steps": 9}}, "grpo.steps was 4, is 9"), ({"seed": 2}, "seed was 1, is 2"),
+    ({"start": "other"}, "inputs.start was None, is 'other'")])
+def test_another_recipe_seed_or_input_is_refused_by_name(tmp_path, changes, named):
+    _finish(tmp_path)
+    other, before = _run(tmp_path, **changes), _run(tmp_path).status
+    with pytest.raises(RunError, match=f"another recipe.*{named}"):
+        other.check()
+    with pytest.raises(RunError), other.work():
+        pytest.fail("entered")
+    assert _run(tmp_path).status == before
+
+
+def test_a_section_that_the_stage_does_not_use_may_change(tmp_path):
+    _finish(tmp_path)
+    assert _run(tmp_path, {"samples.queries": 1}).finished
+
+
+def test_rewind_drops_later_rows_and_a_half_written_line(tmp_path):
+    run = _run(tmp_path)
+    run.folder.mkdir()
+    run.append("metrics", *({"step": step, "text": "雨\u2028\ud800\r\n"} for step in (1, 2, 2, 3)))
+    whole = (run.folder / "metrics.jsonl").read_bytes()
+    (run.folder / "metrics.jsonl").write_bytes(whole + b'{"step": 2, "te')
+    assert [row["step"] for row in run.rows()] == [1, 2, 2, 3]
+    run.rewind(2, "metrics", "absent")
+    assert ([row["step"] for row in run.rows()], run.rows("absent")) == ([1, 2, 2], [])
+    run.append("metrics", {"step": 3, "text": "雨\u2028\ud800\r\n"})
+    assert (run.folder / "metrics.jsonl").read_bytes() == whole
+
+
+def test_a_broken_line_that_is_not_the_last_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        read_rows(tmp_path / "metrics.jsonl")
+
+
+def test_append_to_a_full_device_says_that_the_disk_is_full(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: the disk is full"):
+        append_rows(tmp_path / "metrics.jsonl", [{"step": 1}])
+
+
+@pytest.mark.parametrize("size", [200, 100_000])  # below and above Python's write buffer
+def test_append_without_room_leaves_the_file_as_before(tmp_path, size):
+    path = tmp_path / "metrics.jsonl"
+    append_rows(path, [{"step": 1, "text": "x" * 500}])
+    before = path.read_bytes()
+    with _largest_file(len(before) + 100), pytest.raises(RunError, match="cannot write"):
+        append_rows(path, [{"step": 2, "text": "y" * size}])
+    assert path.read_bytes() == before
+    append_rows(path, [{"step": 2}])
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+
+
+def test_write_atomic_without_room_leaves_the_old_file_and_no_scratch(tmp_path):
+    write_atomic(tmp_path / "status.json", "old")
+    with _largest_file(100), pytest.raises(RunError, match="cannot write"):
+        write_atomic(tmp_path / "status.json", "new" * 1000)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("status.json", "old")]
+
+
+def test_a_status_that_cannot_be_written_stays_the_old_one(tmp_path):
+    _finish(tmp_path)
+    with _largest_file(10), pytest.raises(RunError, match="cannot write"):
+        _run(tmp_path).update(state="running")
+    assert _run(tmp_path).finished
+
+
+def test_a_folder_in_use_is_refused_and_free_again_later(tmp_path):
+    with _run(tmp_path).work():
+        before = _run(tmp_path).status
+        with pytest.raises(RunError, match="in use by another process"):
+            _finish(tmp_path)
+        assert _run(tmp_path).status == before
+    _finish(tmp_path)
+    assert _run(tmp_path).finished
+
+
+def test_a_stage_that_was_killed_is_not_said_to_run(tmp_path):
+    stage = tmp_path / "stage"
+    assert status_of(stage) == {}
+    with _run(tmp_path).work():
+        assert status_of(stage)["state"] == "running"
+        left = (stage / "status.json").read_text()
+    assert status_of(stage)["state"] == "finished"
+    (stage / "status.json").write_text(left)  # as a kill leaves it
+    assert status_of(stage)["state"] == "killed"
+    elsewhere = json.loads(left) | {"host": "another machine"}  # its lock may not be seen here
+    (stage / "status.json").write_text(json.dumps(elsewhere))
+    assert status_of(stage)["state"] == "running"
+
+
+def test_rows_that_several_commits_made_name_none_as_the_whole_truth(tmp_path, monkeypatch):
+    def work(commit, dirty, versions="1"):
+        made = {"commit": commit, "uncommitted_changes": dirty, "versions": {"torch": versions}}
+        monkeypatch.setattr(run_folder, "provenance", lambda: made)
+        with contextlib.suppress(ValueError), _run(tmp_path).work():
+            raise ValueError
+        return json.loads((tmp_path / "stage" / "provenance.json").read_text())
+
+    assert commit_of(work("a" * 40, False)) == "a" * 40
+    assert commit_of(work("a" * 40, False)) == "a" * 40, "the same again is no change"
+    assert "resumed" not in work("a" * 40, False)
+    assert commit_of(work("a" * 40, False, "2")) == "a" * 40, "versions are kept, and are no change of the code"
+    found = work("b" * 40, False, "2")
+    assert commit_of(found) == "a" * 40 + "+" and [each["commit"] for each in found["resumed"]] == ["a" * 40, "b" * 40]
+    assert commit_of({"commit": "a" * 40, "uncommitted_changes": True}) == "a" * 40 + "+"
+    assert commit_of({"commit": None, "uncommitted_changes": None}) is None

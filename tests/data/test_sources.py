@@ -1,0 +1,165 @@
+"""Corpora: documents of prose without markup, in order, from the kit, from a file, or refused by name."""
+
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lwzlib.base.kit import SHAKESPEARE, THREE_KINGDOMS, ModelError, is_prepared
+from lwzlib.base.rows import DataError
+from lwzlib.data.sources import Document, passages, read_documents, read_texts
+from lwzlib.method.text import count_words, has_han
+
+BOOKS = {SHAKESPEARE: (38, 800_000, "en"), THREE_KINGDOMS: (120, 450_000, "zh")}  # documents, words at least
+
+
+def _kit(source):
+    if source in BOOKS and not is_prepared(source):
+        pytest.skip(f"{source} is not prepared (lwz prepare)")
+    return list(read_documents(source))
+
+
+def _documents(path):
+    return [(d.id.removeprefix(f"{path}/"), d.paragraphs) for d in read_documents(str(path))]
+
+
+def test_the_python_docs_are_prose_without_code():
+    found = _kit("kit:python-docs")
+    paragraphs = [p for d in found for p in d.paragraphs]
+    assert sum(map(count_words, paragraphs)) > 20_000
+    assert all(re.match(r"[A-Z]", p) and p.endswith(".") for p in paragraphs), "sentences, not headings, tables or code"
+    code = r">>>|::=|^\s*(def|class|import|for|while|if) .*:$|\*{4}|={4}|-{4}|~{4}"
+    assert not [p for p in paragraphs if re.search(code, p)]
+    assert sum(p.count("\n") for p in paragraphs) == 0
+
+
+@pytest.mark.parametrize("source", ["kit:python-docs", *BOOKS])
+def test_documents_of_the_kit_are_named_ordered_and_folded(source):
+    found = _kit(source)
+    assert len({d.id for d in found}) == len(found) and all(d.id.startswith(f"{source}/") for d in found)
+    paragraphs = [p for d in found for p in d.paragraphs]
+    assert all(p == " ".join(p.split()) != "" for p in paragraphs)
+    assert found == _kit(source)
+
+
+@pytest.mark.parametrize("source", BOOKS)
+def test_the_books_are_whole_and_in_their_language(source):
+    found, (documents, words, language) = _kit(source), BOOKS[source]
+    assert len(found) == documents
+    assert {d.language for d in found} == {language}
+    assert sum(count_words(p) for d in found for p in d.paragraphs) > words
+
+
+def test_headings_and_names_of_speakers_are_left_out_of_the_plays():
+    paragraphs = [p for d in _kit(SHAKESPEARE) for p in d.paragraphs]
+    assert not [p for p in paragraphs if re.search(r"^#|\*\*", p)][:3]
+    assert any(p.startswith("To be, or not to be: that is the question") for p in paragraphs)
+
+
+def test_the_plays_are_free_of_markup():
+    assert not [p for d in _kit(SHAKESPEARE) for p in d.paragraphs if re.search(r"[][_*#\\<>|`]", p)][:3]
+
+
+def test_the_novel_is_in_chinese_without_markup():
+    found = _kit(THREE_KINGDOMS)
+    assert not [p for d in found for p in d.paragraphs if re.search(r"[_*#\\<>|`]|https?:", p)][:3]
+    assert "桃园" in found[0].paragraphs[0] and all(has_han(p) for p in found[0].paragraphs)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "md"])
+def test_a_text_file_is_one_document(tmp_path, suffix):
+    path = tmp_path / f"mine.{suffix}"
+    path.write_text("One line\nand  another.\n \n\n\tA second paragraph.\r\n\r\n雨。\n\n", encoding="utf-8")
+    assert _documents(path) == [("mine", ("One line and another.", "A second paragraph.", "雨。"))]
+
+
+def test_each_row_of_a_jsonl_file_is_a_document(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    rows = [{"text": "One.\n\nTwo."}, {"text": " \n "}, {"text": "雨。", "id": "rain", "other": 1}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert _documents(path) == [("1", ("One.", "Two.")), ("rain", ("雨。",))], "the empty one is left out"
+    assert [d.language for d in read_documents(str(path))] == ["en", "zh"]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("mine.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "line 2: a row of a corpus needs a field text"),
+    ("mine.jsonl", '{"text": "a"}\n\n{"text": 5}\n', "line 3: a row of a corpus needs a field text"),
+    ("mine.jsonl", '["a"]\n', "line 1: a row of a corpus"), ("mine.jsonl", '{"text": \n', "line 1: not JSON"),
+    ("mine.txt", None, "no corpus file"), ("mine.md", None, "no corpus file"), ("mine.jsonl", None, "mine.jsonl")])
+def test_a_source_that_cannot_be_read_is_refused_by_name(tmp_path, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=said) as error:
+        list(read_documents(str(path)))
+    assert str(path) in str(error.value)
+
+
+def test_a_corpus_that_the_kit_has_not_is_refused_with_those_it_has():
+    with pytest.raises(DataError, match=r"no corpus 'kit:shakespear'; the kit has kit:python-docs, kit:shakespeare"):
+        list(read_documents("kit:shakespear"))
+
+
+@pytest.mark.parametrize("source", BOOKS)
+def test_a_book_that_is_not_prepared_says_how(monkeypatch, tmp_path, source):
+    monkeypatch.setenv("LWZ_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="lwz prepare"):
+        list(read_documents(source))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 60))
+def test_passages_are_whole_consecutive_paragraphs_of_the_size_asked_for(sizes, words):
+    document = Document("d", tuple(f"{'abc'[i % 3]} " * (size - 1) + "end" for i, size in enumerate(sizes)))
+    expected, at = [], 0
+    while at < len(sizes):  # the shortest stretch that is long enough, from where the last one ended
+        end = next((e for e in range(at + 1, len(sizes) + 1) if sum(sizes[at:e]) >= words), None)
+        if end is None:
+            break
+        expected += ["\n\n".join(document.paragraphs[at:end])] if sum(sizes[at:end]) <= 2 * words else []
+        at = end
+    found = passages(document, words)
+    assert found == expected
+    assert all(words <= count_words(passage) <= 2 * words for passage in found)
+
+
+@pytest.mark.parametrize("source", ["kit:python-docs", *BOOKS])
+def test_passages_of_the_kit_are_in_order_and_of_the_size_asked_for(source):
+    made = 0
+    for document in _kit(source)[:20]:
+        found, left = passages(document, 60), list(document.paragraphs)
+        made += len(found)
+        for passage in found:
+            assert 60 <= count_words(passage) <= 120
+            parts = passage.split("\n\n")
+            while left[: len(parts)] != parts:
+                left.pop(0)
+            left = left[len(parts) :]
+    assert made >= 20
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
+def test_parts_share_the_documents_out_and_lose_none(tmp_path, kind):
+    rows = [{"id": f"n{i}", "text": f"Document number {i}."} for i in range(23)]
+    if kind == "jsonl":
+        source = tmp_path / "rows.jsonl"
+        source.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    elif kind == "parquet":
+        source = tmp_path / "rows.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    else:
+        source = tmp_path
+        for row in rows:
+            (tmp_path / f"{row['id']}.txt").write_text(row["text"])
+    shares = [[text for _, text in read_texts(str(source), part, 5)] for part in range(5)]
+    assert sorted(text for share in shares for text in share) == sorted(row["text"] for row in rows)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_parquet_file_that_is_none_is_named(tmp_path):
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(DataError, match=r"cannot read .*bad\.parquet"):
+        list(read_texts(str(tmp_path / "bad.parquet")))
