@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from lwzlib.evaluate.intervals import percentiles, ratio, resample
+from lwzlib.evaluate.intervals import bootstrap_ratio, percentile_ends, resample_counts
 
 STEP = r"(?P<arm>.+)@(?P<step>\d+)"  # how a model's name carries its RL step: base-think@20
 ANCHOR_ELO = 1000.0
@@ -72,7 +72,7 @@ def over_queries(queries, values, resamples: int, seed: int, level: float = 0.95
     known = ~np.isnan(values)
     codes, different = pd.factorize(np.asarray(queries, object)[known], sort=True)
     sums, counts = np.bincount(codes, values[known], len(different)), np.bincount(codes, minlength=len(different))
-    return ratio(sums, counts, resamples, seed, level)
+    return bootstrap_ratio(sums, counts, resamples, seed, level)
 
 
 def points_of(judgments: pd.DataFrame) -> np.ndarray:
@@ -132,7 +132,7 @@ def rate(names: list[str], points: np.ndarray, anchor: str, resamples: int = 100
         raise ArenaError(f"players without any match: {', '.join(idle)}")
     elo = fit(total, at)
     drawn = bootstrap(points, lambda some: fit(some, at), resamples, seed)
-    low, high = percentiles(drawn, level)
+    low, high = percentile_ends(drawn, level)
     low, high = np.where(np.isfinite(elo) | (elo < 0), low, np.nan), np.where(np.isfinite(elo) | (elo > 0), high, np.nan)
     if len(points) < 2:
         low = high = np.where(np.arange(len(names)) == at, ANCHOR_ELO, np.nan)
@@ -179,7 +179,7 @@ def order(points: np.ndarray) -> np.ndarray:
 def bootstrap(points: np.ndarray, statistic: Callable, resamples: int, seed: int) -> np.ndarray:
     """`statistic` (of (B, M, M), for each of B) of the points of as many queries as there are, drawn with replacement."""
     queries, players, _ = points.shape
-    flat, weights = points.reshape(queries, -1), resample(queries, resamples, seed)
+    flat, weights = points.reshape(queries, -1), resample_counts(queries, resamples, seed)
     chunks = np.array_split(weights, max(1, resamples * players**2 // _CELLS))
     return np.concatenate([statistic((some @ flat).reshape(-1, players, players)) for some in chunks])
 

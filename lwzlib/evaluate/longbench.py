@@ -187,7 +187,7 @@ def score_table(bench: dict[int, Item], answers: dict[int, str], judgments: dict
     for (scope, name), group in _parts(bench).items():
         for measure in ("S_l", "S_q", "S", *DIMENSIONS):
             had = [measures[index][measure] for index in group if measure in measures[index]]
-            score, low, high = intervals.mean(had, resamples)
+            score, low, high = intervals.bootstrap_mean(had, resamples)
             rows.append({"scope": scope, "name": name, "measure": measure, "of": len(group), "prompts": len(had),
                          "score": score, "low": low, "high": high})
     return pd.DataFrame(rows)

@@ -39,7 +39,7 @@ def kappa(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, seed: i
     counts = np.zeros((len(queries), 3, 3))
     np.add.at(counts, (codes, *(both[side].map(_CLASSES.index) for side in ("winner_one", "winner_other"))), 1)
     value = float(_kappa(counts.sum(0)))
-    drawn = _kappa((intervals.resample(len(queries), resamples, seed) @ counts.reshape(-1, 9)).reshape(-1, 3, 3))
+    drawn = _kappa((intervals.resample_counts(len(queries), resamples, seed) @ counts.reshape(-1, 9)).reshape(-1, 3, 3))
     return _estimate(value, drawn, len(both), len(queries), "each judge gives one answer only: kappa is not defined")
 
 
@@ -64,7 +64,7 @@ def _estimate(value: float, drawn: np.ndarray, n: int, queries: int, undefined: 
     drawn = drawn[~np.isnan(drawn)]
     if np.isnan(value) or queries < 2 or not len(drawn):
         return Estimate(value, np.nan, np.nan, n, undefined if np.isnan(value) else "one query only: no interval")
-    low, high = intervals.percentiles(drawn, 0.95)
+    low, high = intervals.percentile_ends(drawn, 0.95)
     return Estimate(value, float(low), float(high), n)
 
 

@@ -207,7 +207,7 @@ def score_table(bench: dict[int, Item], judgments: dict[int, Judgments],
             lists = [[given.get((index, criterion), []) for criterion in names] for index, names in group.items()]
             measured = [measure([each for each in query if each]) for query in lists if any(query)]
             above, below = zip(*measured, strict=True) if measured else ((), ())
-            score, low, high = intervals.ratio(above, below, resamples)
+            score, low, high = intervals.bootstrap_ratio(above, below, resamples)
             rows.append({"language": language, "scope": scope, "name": name, "of": len(group), "queries": len(measured),
                          "missing": sum(not each for query in lists for each in query), "score": score,
                          "leaderboard": 10 * score, "low": low, "high": high})

@@ -101,7 +101,7 @@ def held_out(table: pd.DataFrame, ax: Axes, reward: str) -> Axes:
         dash = "--" if (rows.algorithm == "sft").all() else "-"
         for phase, at, fill in (("before", place - 0.17, "white"), ("after", place + 0.17, colour)):
             if len(values := rows[rows.phase == phase][reward].dropna()):
-                mean, low, high = intervals.mean(values)
+                mean, low, high = intervals.bootstrap_mean(values)
                 ax.plot([low, high], [at, at], linestyle=dash, color=colour, linewidth=1.4)
                 ax.plot(mean, at, marker, color=colour, markerfacecolor=fill, markersize=5.5)
     ax.set_yticks(range(len(arms)), arms)

@@ -89,7 +89,7 @@ def changes(table: pd.DataFrame) -> pd.DataFrame:
         for arm, rows in table.groupby("arm", sort=False):
             pairs = rows.pivot(index="id", columns="phase", values=reward).reindex(columns=["before", "after"]).dropna()
             if len(pairs):
-                difference, low, high = intervals.mean(pairs.after - pairs.before)
+                difference, low, high = intervals.bootstrap_mean(pairs.after - pairs.before)
                 out.append({"arm": arm, "reward": reward, "queries": len(pairs), "before": pairs.before.mean(),
                             "after": pairs.after.mean(), "difference": difference, "low": low, "high": high})
     return pd.DataFrame(out)

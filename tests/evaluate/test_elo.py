@@ -81,7 +81,7 @@ def test_intervals_cover_at_the_stated_rate():
     for seed in range(200):
         points = simulated(rng, 60)
         drawn = elo.bootstrap(points, lambda some: elo.fit(some, 0), 100, seed)
-        low, high = intervals.percentiles(drawn, 0.95)
+        low, high = intervals.percentile_ends(drawn, 0.95)
         inside.append(((low <= TRUE) & (high >= TRUE))[1:])
     assert np.mean(inside) == pytest.approx(0.95, abs=3 * 0.0154 + 0.01)
 
@@ -90,8 +90,8 @@ def test_resampling_judgments_instead_of_queries_would_be_too_sure():
     """Both orders agree here, so that there are half as many independent results as judgments."""
     points = simulated(np.random.default_rng(2), 100)
     halves = np.concatenate([points / 2, points / 2])  # each order a unit of its own
-    widths = [np.ptp(intervals.percentiles(elo.bootstrap(each, lambda some: elo.fit(some, 0), 400, 0), 0.95), axis=0)[1:].mean()
-              for each in (points, halves)]
+    drawn = [elo.bootstrap(sampled, lambda counted: elo.fit(counted, 0), 400, 0) for sampled in (points, halves)]
+    widths = [np.ptp(intervals.percentile_ends(ratings, 0.95), axis=0)[1:].mean() for ratings in drawn]
     assert widths[1] / widths[0] == pytest.approx(np.sqrt(0.5), abs=0.08)
 
 

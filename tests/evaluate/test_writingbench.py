@@ -144,7 +144,7 @@ def test_interval_covers_at_the_stated_rate():
     rng, covered = np.random.default_rng(1), 0
     for _ in range(300):
         counts = rng.integers(3, 6, size=60)
-        _, low, high = intervals.ratio([rng.normal(7 * n, 2) for n in counts], counts, 1000)
+        _, low, high = intervals.bootstrap_ratio([rng.normal(7 * n, 2) for n in counts], counts, 1000)
         covered += low < 7 < high
     assert 0.90 <= covered / 300 <= 0.98
 

@@ -81,9 +81,9 @@ def test_interval_covers_the_true_mean_about_as_often_as_it_says():
     import numpy as np
 
     random = np.random.default_rng(0)
-    ends = [intervals.mean(random.normal(2, 1, 40))[1:] for _ in range(60)]
+    ends = [intervals.bootstrap_mean(random.normal(2, 1, 40))[1:] for _ in range(60)]
     assert 0.85 <= np.mean([low < 2 < high for low, high in ends]) <= 1
-    assert np.isnan(intervals.mean([0.5])[1:]).all(), "one value has no interval"
+    assert np.isnan(intervals.bootstrap_mean([0.5])[1:]).all(), "one value has no interval"
 
 
 def packed(folder, fraction, shards):
