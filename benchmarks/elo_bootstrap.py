@@ -1,8 +1,8 @@
 """Intervals of Elo: 1,000 resamples of 100 prompts x 12 models, against arena-hard-auto's way of fitting.
 
 The judgments are simulated: every pair of 12 models on 100 prompts in both orders, 13,200 in all, one in ten a tie. The kit
-resamples prompts and fits all resamples at once (`elo.rate`, point estimate and table included). The other way, as in the
-Bradley-Terry version of arena-hard-auto, is written anew here: it resamples single judgments, writes each as two rows of a
+resamples prompts and fits all resamples at once (`elo.rate_points`, point estimate and table included). The other way, as in
+the Bradley-Terry version of arena-hard-auto, is written anew here: it resamples single judgments, writes each as two rows of a
 design with a column a model, a tie as a win and a loss, and fits scikit-learn's LogisticRegression without penalty and
 intercept, once a resample. Some of its resamples are timed, in turns with the kit, and scaled to 1,000. Both are given
 judgments that are in memory; both fit the whole table once, and the ratings are compared.

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lwzlib.evaluate import TIE_MARGIN
+
 app = typer.Typer()
 out = Console()
 Bench = Annotated[str, typer.Argument(help="writingbench or longbench.")]
@@ -66,9 +68,9 @@ def judge(bench: Bench, responses: Path, to: Annotated[Path, typer.Option(help="
     from lwzlib.evaluate import common
 
     module, items = _protocol(bench, source)
-    answers = common.responses(responses, items)
+    answers = common.read_responses(responses, items)
     settings = _settings(base_url, model, api_key_env, sets)
-    _, missing = asyncio.run(module.judge(settings, items, answers, to, samples))
+    _, missing = asyncio.run(module.judge_responses(settings, items, answers, to, samples))
     out.print(f"{to}: {len(answers)} responses judged; {len(missing)} judgments had no valid answer", highlight=False)
     aggregate(bench, to, source, responses, requirements)
 
@@ -79,14 +81,14 @@ def aggregate(bench: Bench, scores: Path, source: Source = "",
               requirements: Requirements = ""):
     """A score file's table, with 95% intervals over queries: the benchmark's scores and those of its parts."""
     from lwzlib.evaluate import common
-    from lwzlib.evaluate.writingbench import requirements as required
+    from lwzlib.evaluate.writingbench import read_requirements
 
     module, items = _protocol(bench, source)
-    given = module.scores(scores, items)
+    given = module.read_scores(scores, items)
     if bench == "writingbench":
-        table = module.table(items, given, required(requirements, items) if requirements else None)
+        table = module.score_table(items, given, read_requirements(requirements, items) if requirements else None)
     else:
-        table = module.table(items, common.responses(responses, items) if responses else {}, given)
+        table = module.score_table(items, common.read_responses(responses, items) if responses else {}, given)
     text = table.to_string(index=False, float_format="{:.2f}".format)
     out.print(f"{bench}: {scores}\n{text}", highlight=False, soft_wrap=True)
 
@@ -99,7 +101,7 @@ def _protocol(bench: str, source: str):
     modules = {"writingbench": writingbench, "longbench": longbench}
     if bench not in modules:
         raise DataError(f"responses of {bench!r} are not scored one by one; {' and '.join(modules)} are, `lwz arena` compares")
-    return modules[bench], benches.named(bench, source)[1]
+    return modules[bench], benches.read_bench(bench, source)[1]
 
 
 @app.command()
@@ -108,7 +110,7 @@ def arena(source: Annotated[str, typer.Argument(help="A run folder with samples,
           player: Annotated[list[str] | None, typer.Option(help="name=FILE of `lwz generate`: one more; repeatable")] = None,
           to: Annotated[Path | None, typer.Option(help="The judgments; default: arena.jsonl, in the run folder.")] = None,
           writing_rm: Annotated[str, typer.Option(help="Judge by score: a Writing RM's folder. Default: the run's own.")] = "",
-          margin: Annotated[float, typer.Option(help="Scores that differ by no more are a tie.")] = 0.1,
+          margin: Annotated[float, typer.Option(help="Scores that differ by no more are a tie.")] = TIE_MARGIN,
           base_url: BaseUrl = "", model: ModelName = "", api_key_env: KeyEnv = "OPENAI_API_KEY", sets: Asking = None):
     """Judge every pair of models on the requests, in both orders; Elo with intervals."""
     from lwzlib.base.recipe import parse_overrides
@@ -116,9 +118,9 @@ def arena(source: Annotated[str, typer.Argument(help="A run folder with samples,
     from lwzlib.evaluate.arena import read_arena, save_judgments
 
     run = Path(source) if Path(source).is_dir() else None
-    made = arenas.of_samples(arenas.of_run(run)) if run else read_arena(source)
+    made = arenas.of_samples(arenas.samples_of_run(run)) if run else read_arena(source)
     for name, file in parse_overrides(player).items():
-        made = made.joined_by(name, arenas.player(file, made))
+        made = made.joined_by(name, arenas.read_player(file, made))
     to = to or (run or Path()) / "arena.jsonl"
     if base_url:
         settings = _settings(base_url, model, api_key_env, sets)
@@ -139,7 +141,7 @@ def elo(judgments: Annotated[list[Path], typer.Argument(help="JSONL files: of `l
 
     from lwzlib.evaluate import arena as arenas
 
-    _ratings(pd.concat([arenas.recorded(path) for path in judgments], ignore_index=True), anchor)
+    _ratings(pd.concat([arenas.read_judgments(path) for path in judgments], ignore_index=True), anchor)
 
 
 @app.command()
@@ -150,7 +152,7 @@ def rate(run_dir: RunDir, to: Path = Path("rate.html"), pairs_per_query: int = 1
     from lwzlib.evaluate import rating_sheet as sheets
     from lwzlib.evaluate.rating_sheet import make_sheet
 
-    samples = {name: rows for name, rows in arenas.of_run(run_dir).items() if before or not name.endswith(" before")}
+    samples = {name: rows for name, rows in arenas.samples_of_run(run_dir).items() if before or not name.endswith(" before")}
     page = make_sheet(samples, to, pairs_per_query, seed)
     out.print(f"open {page}; keep {sheets.key_of(page)} for `lwz unblind`", highlight=False, soft_wrap=True)
 

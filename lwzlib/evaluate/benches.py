@@ -11,14 +11,13 @@ from lwzlib.base.kit import LONGBENCH
 from lwzlib.base.quantities import Decoding, Prompt
 from lwzlib.base.rows import DataError, write_rows
 from lwzlib.endpoints import engines
-from lwzlib.evaluate import longbench, writingbench
-from lwzlib.evaluate.arena import read_arena
+from lwzlib.evaluate import arena, longbench, writingbench
 from lwzlib.method.prompts import framed
 from lwzlib.method.queries import load_queries
 from lwzlib.method.text import Style
 
 _CARD = Decoding(temperature=0.6, top_p=0.95, max_new_tokens=15_500)
-_END = ["</answer>"]
+_PROMPT = Prompt(wording="full", worked_examples=0)
 
 
 class Bench(NamedTuple):
@@ -32,14 +31,14 @@ class Bench(NamedTuple):
 
 
 BENCHES = {
-    "writingbench": Bench(writingbench.benchmark, "query", "domain1", writingbench.DECODING),
-    "longbench": Bench(longbench.benchmark, "prompt", "type", _CARD, LONGBENCH),
-    "arena": Bench(lambda source: read_arena(source).tasks, "question", "type", _CARD),
+    "writingbench": Bench(writingbench.read_benchmark, "query", "domain1", writingbench.DECODING),
+    "longbench": Bench(longbench.read_benchmark, "prompt", "type", _CARD, LONGBENCH),
+    "arena": Bench(lambda source: arena.read_arena(source).tasks, "question", "type", _CARD),
     "queries": Bench(lambda source: {query.id: query for query in load_queries(source)}, "query", "type", _CARD, "kit:heldout"),
 }
 
 
-def named(name: str, source: str = "") -> tuple[Bench, dict]:
+def read_bench(name: str, source: str = "") -> tuple[Bench, dict]:
     """(benchmark, its items). Raises DataError for an unknown name or a benchmark that the kit does not bring along."""
     if name not in BENCHES:
         raise DataError(f"no benchmark {name!r}; there are {', '.join(BENCHES)}")
@@ -57,14 +56,15 @@ def generate(name: str, source: str, engine: engines.Engine, style: Style | Lite
     `style` bare asks the request alone; think and direct stop at `</answer>`. `change` sets fields of the decoding. A request
     that a server refused has no response. Raises DataError and what `engines.generate` raises.
     """
-    bench, items = named(name, source)
-    decoding = Decoding(**bench.decoding.model_dump() | {"stop": [] if style == "bare" else _END} | (change or {}))
-    prompt = Prompt(wording="full", worked_examples=0)
-    asked = [engines.Asked(str(key), getattr(item, bench.query), framed(getattr(item, bench.query), style, frame, prompt))
-             for key, item in items.items()]
-    rows = engines.generate(engine, asked, decoding, to.with_suffix(".rows.jsonl"), seed)
-    written = [(key, item, row) for (key, item), row in zip(items.items(), rows, strict=True) if not row["error"]]
+    bench, items = read_bench(name, source)
+    stop = [] if style == "bare" else ["</answer>"]
+    decoding = Decoding(**bench.decoding.model_dump() | {"stop": stop} | (change or {}))
+    queries = [getattr(item, bench.query) for item in items.values()]
+    prompts = [engines.Asked(str(key), query, framed(query, style, frame, _PROMPT))
+               for key, query in zip(items, queries, strict=True)]
+    rows = engines.generate(engine, prompts, decoding, to.with_suffix(".rows.jsonl"), seed)
+    answered = [(key, item, row) for (key, item), row in zip(items.items(), rows, strict=True) if not row["error"]]
     write_rows(to, ({"index": key, "response": row["completion"]} if isinstance(key, int) else
                     {"id": key, "query": row["query"], "type": getattr(item, bench.type), "completion": row["completion"]}
-                    for key, item, row in written))
+                    for key, item, row in answered))
     return rows

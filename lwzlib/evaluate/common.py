@@ -1,22 +1,16 @@
-"""What the benchmarks have in common: rows under an index, the text that is judged, asking the judge."""
+"""What the benchmarks have in common: rows under an index, the text that is judged, prompts for judges, asking them."""
 
 import re
 from pathlib import Path
 from typing import TypeVar
 
+import yaml
 from pydantic import BaseModel, Field
 
+from lwzlib.base.paths import TEXTS
 from lwzlib.base.rows import DataError, rows_of, validated, write_rows
 from lwzlib.endpoints import llm
 from lwzlib.method.text import parse
-
-MATERIAL = """<request>
-{query}
-</request>
-
-<response>
-{response}
-</response>"""  # for a judge
 
 
 class Indexed(BaseModel):
@@ -25,49 +19,19 @@ class Indexed(BaseModel):
     index: int = Field(strict=True)
 
 
-Row = TypeVar("Row", bound=Indexed)
-
-
 class Response(Indexed):
     """A row of a file of responses: what a model wrote for one prompt, plan and tags included."""
 
     response: str
 
 
-def indexed(source: str | Path, kind: type[Row], known=None) -> dict[int, tuple[str, Row]]:
-    """{index: (where it stands, row)}, in order. `known`: the benchmark, or None to read one.
-
-    Raises DataError, which names file, line and field, for a row that is not of that kind, an index that comes twice, one
-    that the benchmark lacks, or no row at all.
-    """
-    found = {}
-    for place, row in rows_of(str(source)):
-        row = validated(place, row, kind)
-        if row.index in found:
-            raise DataError(f"{place}: index {row.index} was already used at {found[row.index][0]}; each comes once")
-        if known is not None and row.index not in known:
-            raise DataError(f"{place}: index {row.index} is not in the benchmark")
-        found[row.index] = place, row
-    if not found:
-        raise DataError(f"{source} has no row")
-    return found
+Row = TypeVar("Row", bound=Indexed)
+Judgment = TypeVar("Judgment", bound=BaseModel)
 
 
-def responses(source: str | Path, bench) -> dict[int, str]:
-    """{index: response} of a file of `{index, response}` rows. Raises DataError as `indexed` does."""
-    return {index: row.response for index, (_, row) in indexed(source, Response, bench).items()}
-
-
-def written(response: str) -> str:
-    """What the model hands in: the text after the first closing think tag, and of that what stands in `<answer>`, where
-    these tags are; else the response as it is.
-
-    >>> written("<think>First the sea.</think>\\n\\n<answer>The sea.</answer>")
-    'The sea.'
-    """
-    _, closed, after = response.partition("</think>")
-    text = after.lstrip() if closed else response
-    return parse(text, "direct").answer if "<answer>" in text else text
+def judge_prompts(evaluation: str) -> dict[str, str]:
+    """{`en` or `zh`: prompt with {fields}} of `arena`, `longbench` or `writingbench`, worded by this kit."""
+    return yaml.safe_load((TEXTS / "judge_prompts.yaml").read_text(encoding="utf-8"))[evaluation]
 
 
 def filled(template: str, **fields: str) -> str:
@@ -75,17 +39,60 @@ def filled(template: str, **fields: str) -> str:
     return re.sub("{(" + "|".join(fields) + ")}", lambda match: fields[match[1]], template)
 
 
-async def judged(settings: llm.Settings, sampling: dict, asked: dict, out: Path, title: str) -> tuple[dict, list[dict]]:
-    """({what: answer}, a row for each that has no valid one). `asked`: {a tuple of index and whatever else: Request}.
+def read_indexed(source: str | Path, kind: type[Row], known=None) -> dict[int, tuple[str, Row]]:
+    """{index: (its place in the file, row)}, in order. `known`: the benchmark, or None to read one.
 
-    The protocol's sampling holds where the settings name no other. The replies in `.replies.jsonl` beside `out` make it
-    resumable; the rows go to `.missing.jsonl`. Raises DataError, llm.LLMError, RunError.
+    Raises DataError, which names file, line and field, for a row that is not of that kind, an index that comes twice, one
+    that the benchmark lacks, or no row at all.
     """
-    replies = out.with_suffix(".replies.jsonl")
-    if out.exists() and not replies.exists():
+    rows = {}
+    for place, content in rows_of(str(source)):
+        row = validated(place, content, kind)
+        if row.index in rows:
+            raise DataError(f"{place}: index {row.index} was already used at {rows[row.index][0]}; each comes once")
+        if known is not None and row.index not in known:
+            raise DataError(f"{place}: index {row.index} is not in the benchmark")
+        rows[row.index] = place, row
+    if not rows:
+        raise DataError(f"{source} has no row")
+    return rows
+
+
+def read_responses(source: str | Path, bench) -> dict[int, str]:
+    """{index: response} of a file of `{index, response}` rows. Raises DataError as `read_indexed` does."""
+    return {index: row.response for index, (_, row) in read_indexed(source, Response, bench).items()}
+
+
+def judged_text(response: str) -> str:
+    """Text after the first closing think tag, and of that what stands in `<answer>`, where these tags are; else the response.
+
+    >>> judged_text("<think>First the sea.</think>\\n\\n<answer>The sea.</answer>")
+    'The sea.'
+    """
+    _, closed, after = response.partition("</think>")
+    text = after.lstrip() if closed else response
+    return parse(text, "direct").answer if "<answer>" in text else text
+
+
+async def ask_judge(settings: llm.Settings, sampling: dict, prompts: dict, kind: type[Judgment], samples: int,
+                    out: Path) -> tuple[dict[tuple, list[Judgment]], list[dict]]:
+    """({key: its valid judgments}, a row {asked: [*key, sample], why} for each that is not valid): `samples` judgments of each
+    prompt of `prompts`, whose keys are tuples.
+
+    The protocol's sampling holds where the settings name no other. The replies in `.replies.jsonl` beside the score file
+    `out` make it resumable; the rows go to `.missing.jsonl`. Raises DataError, llm.LLMError, RunError.
+    """
+    cache = out.with_suffix(".replies.jsonl")
+    if out.exists() and not cache.exists():
         raise DataError(f"{out} is there and was not made by this judge; remove it, or give another name")
     settings = settings.model_copy(update={"sampling": sampling | settings.sampling})
-    said = dict(zip(asked, await llm.ask(list(asked.values()), settings, replies, title=title), strict=True))
-    missing = [{"asked": list(what), "why": str(answer)} for what, answer in said.items() if isinstance(answer, llm.NoAnswer)]
+    keys = [(key, sample) for key in prompts for sample in range(samples)]
+    requests = [llm.Request(prompts[key], kind, sample) for key, sample in keys]
+    judgments, missing = {}, []
+    for (key, sample), reply in zip(keys, await llm.ask(requests, settings, cache, title="judged"), strict=True):
+        if isinstance(reply, llm.NoAnswer):
+            missing.append({"asked": [*key, sample], "why": str(reply)})
+        else:
+            judgments.setdefault(key, []).append(reply)
     write_rows(out.with_suffix(".missing.jsonl"), missing)
-    return {what: answer for what, answer in said.items() if not isinstance(answer, llm.NoAnswer)}, missing
+    return judgments, missing

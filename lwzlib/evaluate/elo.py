@@ -19,8 +19,8 @@ from lwzlib.evaluate.intervals import bootstrap_ratio, percentile_ends, resample
 STEP = r"(?P<arm>.+)@(?P<step>\d+)"  # how a model's name carries its RL step: base-think@20
 ANCHOR_ELO = 1000.0
 ELO_PER_LOGIT = 400 / np.log(10)
-_STEPS = 200
-_CELLS = 2_000_000  # of one batch of resamples, so that 200 players fit into memory too
+_NEWTON_STEPS = 200
+_CELLS_AT_ONCE = 2_000_000  # of one batch of resamples, so that 200 players fit into memory too
 
 
 class ArenaError(ValueError):
@@ -29,66 +29,60 @@ class ArenaError(ValueError):
 
 @dataclass(frozen=True)
 class Elo:
-    """`table`: a row a player, best first: model, elo, low, high, points, matches, not_finite (share of the resamples in
-    which its rating is not finite), note. `separated`: share of the resamples in which any rating is not finite."""
+    """`table`: a row per player, best first: model, elo, low, high, points, matches, not_finite (share of the resamples in
+    which its rating is not finite), note. `statements`: what a reader must know; none if all ratings and ends are finite."""
 
     table: pd.DataFrame
     anchor: str
-    resamples: int
-    separated: float
-    statements: tuple[str, ...]  # what a reader must know; empty if every rating and interval is finite
+    statements: tuple[str, ...]
 
 
 def win_tie_loss(judgments: pd.DataFrame, model: str | None = None, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """A row a pair of models (of `model` against each other one, if it is given): wins, ties, losses, missing as counts of
+    """A row per pair of models (`model` against each other one, if it is given): wins, ties, losses, missing as counts of
     judgments, win_rate (a tie is half) with its 95% interval over queries, `both_orders` (how often a query was judged by
     the same judge in both orders) and `inconsistent`, the share of these in which the two orders gave different results.
     """
-    seen = judgments
     if model is not None:
-        seen = seen[(seen["first"] == model) | (seen["second"] == model)]
-        if seen.empty:
+        judgments = judgments[(judgments["first"] == model) | (judgments["second"] == model)]
+        if judgments.empty:
             raise ArenaError(f"no judgment of {model!r}")
-    turned = (seen["second"] < seen["first"] if model is None else seen["second"] == model).to_numpy(bool)
-    points = points_of(seen)
-    seen = seen.assign(model=np.where(turned, seen["second"], seen["first"]), turned=turned,
-                       other=np.where(turned, seen["first"], seen["second"]), points=np.where(turned, 1 - points, points))
-    return pd.DataFrame([_pair(one, other, rows, resamples, seed) for (one, other), rows in seen.groupby(["model", "other"])])
+    first, second, points = judgments["first"], judgments["second"], points_of(judgments)
+    turned = (second < first if model is None else second == model).to_numpy(bool)
+    rows = judgments.assign(model=np.where(turned, second, first), other=np.where(turned, first, second), turned=turned,
+                            points=np.where(turned, 1 - points, points))
+    return pd.DataFrame([_pair(one, other, own, resamples, seed) for (one, other), own in rows.groupby(["model", "other"])])
 
 
 def _pair(model: str, other: str, rows: pd.DataFrame, resamples: int, seed: int) -> dict:
-    rate, low, high = over_queries(rows.query_id, rows.points, resamples, seed)
+    rate, low, high = mean_over_queries(rows.query_id, rows.points, resamples, seed)
     orders = rows.pivot_table(index=["judge", "query_id"], columns="turned", values="points").reindex(columns=[False, True])
-    orders = orders.dropna()
+    both = orders.dropna()
     wins, ties, losses = ((rows.points == value).sum() for value in (1, 0.5, 0))
     return {"model": model, "other": other, "wins": wins, "ties": ties, "losses": losses, "missing": rows.points.isna().sum(),
-            "win_rate": rate, "low": low, "high": high, "both_orders": len(orders),
-            "inconsistent": (orders[False] != orders[True]).mean() if len(orders) else np.nan}
+            "win_rate": rate, "low": low, "high": high, "both_orders": len(both),
+            "inconsistent": (both[False] != both[True]).mean() if len(both) else np.nan}
 
 
-def over_queries(queries, values, resamples: int, seed: int, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean of `values` (NaN left out) and its interval, with `queries` resampled; NaN where there is nothing to say."""
-    values = np.asarray(values, float)
-    known = ~np.isnan(values)
-    codes, different = pd.factorize(np.asarray(queries, object)[known], sort=True)
-    sums, counts = np.bincount(codes, values[known], len(different)), np.bincount(codes, minlength=len(different))
-    return bootstrap_ratio(sums, counts, resamples, seed, level)
+def mean_over_queries(queries, values, resamples: int, seed: int) -> tuple[float, float, float]:
+    """(mean of `values`, NaN left out, and its 95% interval with `queries` resampled); NaN where nothing can be said."""
+    known = pd.Series(np.asarray(values, float), index=np.asarray(queries, object)).dropna().groupby(level=0)
+    return bootstrap_ratio(known.sum(), known.count(), resamples, seed)
 
 
 def points_of(judgments: pd.DataFrame) -> np.ndarray:
-    """What the model shown first gets of each judgment: 1, 0.5, 0, or NaN where the judgment is missing."""
+    """Points of the model shown first in each judgment: 1, 0.5, 0, or NaN where the judgment is missing."""
     return judgments.winner.map({"first": 1.0, "tie": 0.5, "second": 0.0}).to_numpy(float)
 
 
 def points_by_query(judgments: pd.DataFrame, names: list[str], queries: list[str]) -> np.ndarray:
-    """(queries, models, models): what each took from each, as `elo.rate` wants it; missing judgments are left out."""
-    points, known = np.zeros((len(queries), len(names), len(names))), judgments.dropna(subset="winner")
-    at = []
-    for given, column in ((queries, "query_id"), (names, "first"), (names, "second")):
-        at.append(pd.Index(given, dtype=object).get_indexer(known[column]))
-        if (at[-1] < 0).any():
-            raise ArenaError(f"{column} {known[column].iloc[at[-1].argmin()]!r} is not among the names given")
-    query, first, second = at
+    """Points (queries, models, models) that each took from each, as `rate_points` wants them, without missing judgments."""
+    known, places = judgments.dropna(subset="winner"), []
+    for column, values in (("query_id", queries), ("first", names), ("second", names)):
+        places.append(pd.Index(values, dtype=object).get_indexer(known[column]))
+        if (places[-1] < 0).any():
+            raise ArenaError(f"{column} {known[column].iloc[places[-1].argmin()]!r} is not among the names given")
+    query, first, second = places
+    points = np.zeros((len(queries), len(names), len(names)))
     np.add.at(points, (query, first, second), points_of(known))
     np.add.at(points, (query, second, first), 1 - points_of(known))
     return points
@@ -99,65 +93,65 @@ def players(judgments: pd.DataFrame) -> tuple[list[str], list[str]]:
     return sorted({*judgments["first"], *judgments["second"]}), sorted(set(judgments.query_id))
 
 
-def ratings(judgments: pd.DataFrame, anchor: str, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Elo:
-    """Elo of all models, `anchor` at 1000; judgments of several judges are pooled. See `elo.rate`."""
+def ratings(judgments: pd.DataFrame, anchor: str, resamples: int = 1000, seed: int = 0) -> Elo:
+    """Elo of all models, `anchor` at 1000; judgments of several judges are pooled. See `rate_points`."""
     names, queries = players(judgments)
-    found = rate(names, points_by_query(judgments, names, queries), anchor, resamples, seed, level)
-    missing = int(judgments.winner.isna().sum())
-    said = (f"{missing:,} of {len(judgments):,} judgments are missing and left out",) * (missing > 0)
-    return replace(found, statements=said + found.statements)
+    rated = rate_points(names, points_by_query(judgments, names, queries), anchor, resamples, seed)
+    if missing := int(judgments.winner.isna().sum()):
+        statement = f"{missing:,} of {len(judgments):,} judgments are missing and left out"
+        rated = replace(rated, statements=(statement, *rated.statements))
+    return rated
 
 
-def over_steps(found: Elo, name: str = STEP) -> pd.DataFrame:
-    """Of the models whose name carries a step (as in the paper's Figure 3): arm, step, elo, low, high, note."""
-    steps = found.table.model.str.extract(f"^{name}$")
-    rows = found.table.assign(arm=steps.arm, step=steps.step).dropna(subset="step").astype({"step": int})
+def over_steps(rated: Elo) -> pd.DataFrame:
+    """Ratings of the models whose name carries a step (as in the paper's Figure 3): arm, step, elo, low, high, note."""
+    steps = rated.table.model.str.extract(f"^{STEP}$")
+    rows = rated.table.assign(arm=steps.arm, step=steps.step).dropna(subset="step").astype({"step": int})
     return rows[["arm", "step", "elo", "low", "high", "note"]].sort_values(["arm", "step"], ignore_index=True)
 
 
-def rate(names: list[str], points: np.ndarray, anchor: str, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Elo:
+def rate_points(names: list[str], points: np.ndarray, anchor: str, resamples: int = 1000, seed: int = 0) -> Elo:
     """Ratings of M players from points (queries, M, M): [q, i, j] is what i took from j at q, 1 a win and 0.5 a tie.
 
-    Intervals are percentiles over resampled queries, taken at order statistics. A resample without a finite rating counts
-    as what it is, +inf or -inf, and one that says nothing (NaN) widens both ends. Whose rating is not finite has the end
-    that is known, and NaN for the other: resampling cannot say how far off it is. Raises ArenaError for an unknown anchor,
-    a player without any match, and points that are negative or not finite.
+    Intervals are 95% percentiles over resampled queries, taken at order statistics. A resample without a finite rating
+    counts as what it is, +inf or -inf, and one that says nothing (NaN) widens both ends. Whose rating is not finite has the
+    end that is known, and NaN for the other: resampling cannot say how far off it is. Raises ArenaError for an unknown
+    anchor, a player without any match, and points that are negative or not finite.
     """
     points = np.asarray(points, float)
     points = points[points.any((1, 2))]  # a query without any judgment is none
     if anchor not in names:
         raise ArenaError(f"no match of the baseline {anchor!r}; there are {', '.join(map(repr, names)) or 'no players'}")
-    at, total = names.index(anchor), points.sum(0)
-    if idle := [name for name, played in zip(names, total.sum(0) + total.sum(1), strict=True) if played == 0]:
+    at, won, lost = names.index(anchor), points.sum((0, 2)), points.sum((0, 1))
+    if idle := [name for name, played in zip(names, won + lost, strict=True) if played == 0]:
         raise ArenaError(f"players without any match: {', '.join(idle)}")
-    elo = fit(total, at)
-    drawn = bootstrap(points, lambda some: fit(some, at), resamples, seed)
-    low, high = percentile_ends(drawn, level)
+    elo = fit_ratings(points.sum(0), at)
+    drawn = bootstrap_points(points, lambda resampled: fit_ratings(resampled, at), resamples, seed)
+    low, high = percentile_ends(drawn)
     low, high = np.where(np.isfinite(elo) | (elo < 0), low, np.nan), np.where(np.isfinite(elo) | (elo > 0), high, np.nan)
     if len(points) < 2:
         low = high = np.where(np.arange(len(names)) == at, ANCHOR_ELO, np.nan)
-    lost = (~np.isfinite(drawn)).mean(0)
-    notes = [_note(value, share, anchor) for value, share in zip(elo, lost, strict=True)]
-    table = pd.DataFrame({"model": names, "elo": elo, "low": low, "high": high, "points": total.sum(1),
-                          "matches": total.sum(0) + total.sum(1), "not_finite": lost, "note": notes})
+    not_finite = (~np.isfinite(drawn)).mean(0)
+    notes = [_note(value, share, anchor) for value, share in zip(elo, not_finite, strict=True)]
+    table = pd.DataFrame({"model": names, "elo": elo, "low": low, "high": high, "points": won, "matches": won + lost,
+                          "not_finite": not_finite, "note": notes})
     table = table.sort_values(["elo", "model"], ascending=[False, True], ignore_index=True)
-    said = tuple(f"{name}: {note}" for name, note in zip(table.model, table.note, strict=True) if note)
-    said += ("one query only: no interval",) * (len(points) < 2)
-    return Elo(table, anchor, resamples, float((~np.isfinite(drawn)).any(1).mean()), said)
+    statements = [f"{name}: {note}" for name, note in zip(table.model, table.note, strict=True) if note]
+    return Elo(table, anchor, (*statements, *["one query only: no interval"] * (len(points) < 2)))
 
 
-def _note(elo: float, share: float, anchor: str) -> str:
+def _note(elo: float, not_finite: float, anchor: str) -> str:
     if elo == np.inf:
         return f"+inf: it, or those it beats, took points towards {anchor} and never lost any on the way back"
     if elo == -np.inf:
         return f"-inf: it, or those it loses to, lost points towards {anchor} and never took any on the way back"
     if np.isnan(elo):
         return f"no rating: no chain of won points links it with {anchor} in either direction"
-    return f"in {share:.1%} of the resamples not finite, counted as infinite in the interval" if share else ""
+    return f"in {not_finite:.1%} of the resamples not finite, counted as infinite in the interval" if not_finite else ""
 
 
-def fit(points: np.ndarray, anchor: int) -> np.ndarray:
-    """Ratings (..., M) of the points (..., M, M) that each took from each, with `anchor` at 1000.
+def fit_ratings(points: np.ndarray, anchor: int) -> np.ndarray:
+    """Ratings (..., M) from the points (..., M, M) that each took from each, with the player `anchor` at 1000.
 
     +inf: points lead from the player to the anchor and none back; -inf: the other way round; NaN: neither. Raises
     ArenaError for points that are no such matrix.
@@ -168,20 +162,21 @@ def fit(points: np.ndarray, anchor: int) -> np.ndarray:
     return np.select([up & down, up, down], [elo, np.inf, -np.inf], np.nan)
 
 
-def order(points: np.ndarray) -> np.ndarray:
-    """Of each two players in points (..., M, M): 1 where i stands above j, -1 below, 0 equal or not comparable."""
+def pairwise_order(points: np.ndarray) -> np.ndarray:
+    """Order (..., M, M) of each two players by points (..., M, M): 1 where i stands above j, -1 below, 0 equal or not
+    comparable."""
     logits, reach = _strengths(points)
     back = reach.swapaxes(-1, -2)
     difference = np.round(logits[..., :, None] - logits[..., None, :], 9)
     return np.where(reach & back, np.sign(difference), reach.astype(int) - back).astype(int)
 
 
-def bootstrap(points: np.ndarray, statistic: Callable, resamples: int, seed: int) -> np.ndarray:
+def bootstrap_points(points: np.ndarray, statistic: Callable, resamples: int, seed: int) -> np.ndarray:
     """`statistic` (of (B, M, M), for each of B) of the points of as many queries as there are, drawn with replacement."""
     queries, players, _ = points.shape
-    flat, weights = points.reshape(queries, -1), resample_counts(queries, resamples, seed)
-    chunks = np.array_split(weights, max(1, resamples * players**2 // _CELLS))
-    return np.concatenate([statistic((some @ flat).reshape(-1, players, players)) for some in chunks])
+    flat, counts = points.reshape(queries, -1), resample_counts(queries, resamples, seed)
+    batches = np.array_split(counts, max(1, resamples * players**2 // _CELLS_AT_ONCE))
+    return np.concatenate([statistic((batch @ flat).reshape(-1, players, players)) for batch in batches])
 
 
 def _strengths(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,12 +193,13 @@ def _strengths(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     reach = (points > 0) | np.eye(players, dtype=bool)
     for _ in range(players.bit_length()):  # a chain of 2^k players is found after k rounds
         reach = (reach.astype(np.float32) @ reach.astype(np.float32)) > 0
-    linked = reach & reach.swapaxes(-1, -2)
-    return _maximum(np.where(linked, points, 0), linked.argmax(-1) != np.arange(players)), reach
+    linked = reach & reach.swapaxes(-1, -2)  # sets of players who reach each other
+    is_first = linked.argmax(-1) == np.arange(players)
+    return _maximum(np.where(linked, points, 0), ~is_first), reach
 
 
 def _maximum(points: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Logits (..., M) by Newton's method; whoever is not `free` (..., M) stays at 0.
+    """Logits (..., M) that maximise the Bradley-Terry likelihood, by Newton's method; who is not `free` (..., M) stays at 0.
 
     A step is cut to log(1 + c) / c of its length, c being the widest change of a difference that it makes. The third
     derivative of the logistic loss is bounded by its second, so that each cut step gains (Bach 2010, doi
@@ -211,16 +207,17 @@ def _maximum(points: np.ndarray, free: np.ndarray) -> np.ndarray:
     """
     from scipy.special import expit
 
-    both, one = free[..., :, None] & free[..., None, :], np.eye(points.shape[-1])
+    identity = np.eye(points.shape[-1])
+    both_free = free[..., :, None] & free[..., None, :]
     games, logits = points + points.swapaxes(-1, -2), np.zeros(points.shape[:-1])
-    for _ in range(_STEPS):
-        expected = expit(logits[..., :, None] - logits[..., None, :])
-        gradient = np.where(free, (points - games * expected).sum(-1), 0)
-        weight = games * expected * (1 - expected)
-        curvature = np.where(both, one * weight.sum(-1)[..., None] - weight, one)
-        step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
+    for _ in range(_NEWTON_STEPS):
+        win_chance = expit(logits[..., :, None] - logits[..., None, :])
+        gradient = np.where(free, (points - games * win_chance).sum(-1), 0)
+        weights = games * win_chance * (1 - win_chance)
+        laplacian = identity * weights.sum(-1)[..., None] - weights  # minus the Hessian
+        step = np.linalg.solve(np.where(both_free, laplacian, identity), gradient[..., None])[..., 0]
         width = np.ptp(step, axis=-1, keepdims=True)
         logits += step * np.where(width > 0, np.log1p(width) / np.maximum(width, 1e-300), 1)
-        if width.max() < 1e-8:  # the error is squared by every step, so it is far smaller now
+        if width.max() < 1e-8:  # each step squares the error, so by now it is far smaller
             return logits
-    raise ArenaError(f"no maximum within {_STEPS} steps; are the points of very different size?")
+    raise ArenaError(f"no maximum within {_NEWTON_STEPS} steps; are the points of very different size?")

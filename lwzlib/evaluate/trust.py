@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lwzlib.evaluate import elo, intervals
-from lwzlib.evaluate.elo import ArenaError, over_queries, points_by_query, points_of
+from lwzlib.evaluate import elo
+from lwzlib.evaluate.elo import ArenaError, mean_over_queries, points_by_query, points_of
+from lwzlib.evaluate.intervals import percentile_ends, resample_counts
 
-_SAME = ["query_id", "first", "second"]
-_CLASSES = ("first", "second", "tie")
+_SHOWN = ["query_id", "first", "second"]  # what makes two judgments answers to the same question
+_ANSWERS = ("first", "second", "tie")
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,23 @@ class Estimate:
     value: float
     low: float
     high: float
-    n: int  # of what was compared
+    n: int  # things compared
     note: str = ""
+
+
+def _unknown(n: int, note: str) -> Estimate:
+    return Estimate(np.nan, np.nan, np.nan, n, note)
+
+
+def _bootstrapped(value: float, drawn: np.ndarray, n: int, queries: int, undefined: str) -> Estimate:
+    """Estimate from the values `drawn` by resampling; `undefined` is the note of a value that is NaN."""
+    drawn = drawn[~np.isnan(drawn)]
+    if np.isnan(value):
+        return _unknown(n, undefined)
+    if queries < 2 or not len(drawn):
+        return Estimate(value, np.nan, np.nan, n, "one query only: no interval")
+    low, high = percentile_ends(drawn)
+    return Estimate(value, float(low), float(high), n)
 
 
 def kappa(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> Estimate:
@@ -34,38 +50,25 @@ def kappa(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, seed: i
     NaN where chance alone would make them agree fully (each always gives the same answer); such resamples are left out of
     the interval. Raises ArenaError if they share no judgment.
     """
-    both = _shared(one, other)
-    codes, queries = pd.factorize(both.query_id, sort=True)
-    counts = np.zeros((len(queries), 3, 3))
-    np.add.at(counts, (codes, *(both[side].map(_CLASSES.index) for side in ("winner_one", "winner_other"))), 1)
-    value = float(_kappa(counts.sum(0)))
-    drawn = _kappa((intervals.resample_counts(len(queries), resamples, seed) @ counts.reshape(-1, 9)).reshape(-1, 3, 3))
-    return _estimate(value, drawn, len(both), len(queries), "each judge gives one answer only: kappa is not defined")
+    both = one.dropna(subset="winner").merge(other.dropna(subset="winner"), on=_SHOWN, suffixes=("_one", "_other"))
+    if both.empty:
+        raise ArenaError("the two judges share no judgment: the same query, with the same texts in the same order")
+    if both.duplicated(_SHOWN).any():
+        raise ArenaError("a judgment is there twice; give the judgments of one judge on each side")
+    query, queries = pd.factorize(both.query_id, sort=True)
+    counts = np.zeros((len(queries), 3, 3))  # [q, i, j]: how often one judge gave answer i and the other answer j
+    np.add.at(counts, (query, both.winner_one.map(_ANSWERS.index), both.winner_other.map(_ANSWERS.index)), 1)
+    drawn = _kappa(np.tensordot(resample_counts(len(queries), resamples, seed), counts, 1))
+    return _bootstrapped(float(_kappa(counts.sum(0))), drawn, len(both), len(queries),
+                         "each judge gives one answer only: kappa is not defined")
 
 
 def _kappa(counts: np.ndarray) -> np.ndarray:
-    """Of (..., 3, 3) counts of answers."""
+    """Kappa (...) from (..., 3, 3) counts of answers."""
     shares = counts / counts.sum((-2, -1), keepdims=True)
     observed, expected = np.trace(shares, axis1=-2, axis2=-1), (shares.sum(-1) * shares.sum(-2)).sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(expected > 1 - 1e-12, np.nan, (observed - expected) / (1 - expected))
-
-
-def _shared(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    both = one.dropna(subset="winner").merge(other.dropna(subset="winner"), on=_SAME, suffixes=("_one", "_other"))
-    if both.empty:
-        raise ArenaError("the two judges share no judgment: the same query, with the same texts in the same order")
-    if both.duplicated(_SAME).any():
-        raise ArenaError("a judgment is there twice; give the judgments of one judge on each side")
-    return both
-
-
-def _estimate(value: float, drawn: np.ndarray, n: int, queries: int, undefined: str) -> Estimate:
-    drawn = drawn[~np.isnan(drawn)]
-    if np.isnan(value) or queries < 2 or not len(drawn):
-        return Estimate(value, np.nan, np.nan, n, undefined if np.isnan(value) else "one query only: no interval")
-    low, high = intervals.percentile_ends(drawn, 0.95)
-    return Estimate(value, float(low), float(high), n)
 
 
 def kendall(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> Estimate:
@@ -74,49 +77,27 @@ def kendall(one: pd.DataFrame, other: pd.DataFrame, resamples: int = 1000, seed:
     common = sorted({*one["first"], *one["second"]} & {*other["first"], *other["second"]})
     if len(common) < 2:
         raise ArenaError("the two judges share fewer than two models")
-    sides = [table[table["first"].isin(common) & table["second"].isin(common)] for table in (one, other)]
+    sides = [judged[judged["first"].isin(common) & judged["second"].isin(common)] for judged in (one, other)]
     queries = sorted({*sides[0].query_id, *sides[1].query_id})
-    points = [points_by_query(table, common, queries) for table in sides]
-    value = float(_tau(*(elo.order(each.sum(0)) for each in points)))
-    drawn = _tau(*(elo.bootstrap(each, elo.order, resamples, seed) for each in points))
-    return _estimate(value, drawn, len(common), len(queries), "one of the judges ranks no model above another")
+    points = [points_by_query(judged, common, queries) for judged in sides]
+    value = float(_tau(*(elo.pairwise_order(taken.sum(0)) for taken in points)))
+    drawn = _tau(*(elo.bootstrap_points(taken, elo.pairwise_order, resamples, seed) for taken in points))
+    return _bootstrapped(value, drawn, len(common), len(queries), "one of the judges ranks no model above another")
 
 
 def _tau(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """tau-b of orders (..., M, M)."""
+    """Tau-b (...) of orders (..., M, M)."""
     with np.errstate(invalid="ignore"):
         return (one * other).sum((-2, -1)) / np.sqrt((one**2).sum((-2, -1)) * (other**2).sum((-2, -1)))
 
 
-def self_preference(judgments: pd.DataFrame, families: Mapping[str, str], judges: Mapping[str, str],
-                    resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Win rate of a family's models against those of others, under judges of the same family (`own`) minus under other
-    judges (`others`), over what both kinds judged in the same order. A row a family: family, own, others, difference, low,
-    high, judged (so many pairs shown). `families` of the models, `judges`: of the judges.
-    """
-    if unknown := ({*judgments["first"], *judgments["second"]} - families.keys()) | (set(judgments.judge) - judges.keys()):
-        raise ArenaError(f"no family is given for {', '.join(sorted(unknown))}")
-    first, second, judge = judgments["first"].map(families), judgments["second"].map(families), judgments.judge.map(judges)
-    out = []
-    for family in sorted(set(judge)):
-        points = np.where(first == family, points_of(judgments), 1 - points_of(judgments))
-        rows = judgments.assign(own=judge == family, points=points)[(first == family) != (second == family)]
-        rates = rows.pivot_table(index=_SAME, columns="own", values="points").reindex(columns=[True, False]).dropna()
-        if len(rates):
-            queries = rates.index.get_level_values("query_id")
-            difference, low, high = over_queries(queries, rates[True] - rates[False], resamples, seed)
-            out.append({"family": family, "own": rates[True].mean(), "others": rates[False].mean(), "difference": difference,
-                        "low": low, "high": high, "judged": len(rates)})
-    return pd.DataFrame(out, columns=["family", "own", "others", "difference", "low", "high", "judged"])
-
-
 def position_bias(judgments: pd.DataFrame, resamples: int = 1000, seed: int = 0) -> Estimate:
     """Share of the points that go to the text shown first: 0.5 without bias, 1 if it always wins. Only pairs that the same
-    judge saw in both orders count, so that the better text stands first as often as second. Of one judge, filter first."""
+    judge saw in both orders count, so that the better text stands first as often as second. Filter first for one judge."""
     known = judgments.assign(points=points_of(judgments), one=np.minimum(judgments["first"], judgments["second"]),
                              other=np.maximum(judgments["first"], judgments["second"])).dropna(subset="points")
     known = known[known.groupby(["judge", "query_id", "one", "other"])["first"].transform("nunique") == 2]
-    value, low, high = over_queries(known.query_id, known.points, resamples, seed)
+    value, low, high = mean_over_queries(known.query_id, known.points, resamples, seed)
     return Estimate(value, low, high, len(known), "" if len(known) else "no pair was judged in both orders")
 
 
@@ -130,31 +111,32 @@ def length_bias(judgments: pd.DataFrame, words: Mapping[tuple[str, str], int], s
     Wald's with a variance clustered by query (Liang and Zeger 1986). NaN if the judgments are perfectly separated.
     """
     known = judgments.dropna(subset="winner")
+    n, points = len(known), points_of(known)
     texts = {text for side in ("first", "second") for text in zip(known[side], known.query_id, strict=True)}
     if unknown := texts - words.keys():
         raise ArenaError(f"no words are given for {min(unknown)}")
-    ratio = [np.log1p(words[a, q]) - np.log1p(words[b, q]) for q, a, b in known[_SAME].itertuples(index=False)]
-    columns: list = [ratio, np.ones(len(known))]
+    ratio = [np.log1p(words[a, q]) - np.log1p(words[b, q]) for q, a, b in known[_SHOWN].itertuples(index=False)]
+    columns: list = [ratio, np.ones(n)]
     if strengths:
         columns += [known["first"].eq(name) * 1.0 - known["second"].eq(name) for name in elo.players(known)[0][1:]]
-    design, queries = np.column_stack(columns).astype(float), pd.factorize(known.query_id, sort=True)[0]
-    if not len(known) or np.linalg.matrix_rank(design) < design.shape[1]:
-        return Estimate(np.nan, np.nan, np.nan, len(known), "length, strength and place cannot be told apart here")
-    if _separated(design, points_of(known)):
-        return Estimate(np.nan, np.nan, np.nan, len(known), "perfectly separated: the longer text or some model always won")
-    slope, error = _logistic(design, points_of(known), queries)
-    return Estimate(slope, slope - 1.96 * error, slope + 1.96 * error, len(known))
+    design = np.column_stack(columns).astype(float)
+    if not n or np.linalg.matrix_rank(design) < design.shape[1]:
+        return _unknown(n, "length, strength and place cannot be told apart here")
+    if _separated(design, points):
+        return _unknown(n, "perfectly separated: the longer text or some model always won")
+    slope, error = _logistic(design, points, pd.factorize(known.query_id, sort=True)[0])
+    return Estimate(slope, slope - 1.96 * error, slope + 1.96 * error, n)
 
 
 def _separated(design: np.ndarray, points: np.ndarray) -> bool:
     """Whether some direction fits every judgment at least as well for ever (Konis 2007): then there is no finite maximum."""
     from scipy.optimize import linprog
 
-    decided, half = points != 0.5, points == 0.5
-    signed = design[decided] * np.where(points[decided] > 0.5, 1, -1)[:, None]
-    equal = {"A_eq": design[half], "b_eq": np.zeros(half.sum())} if half.any() else {}
-    found = linprog(-signed.sum(0), A_ub=-signed, b_ub=np.zeros(len(signed)), bounds=(-1, 1), **equal)
-    return found.status == 0 and -found.fun > 1e-7
+    tied = points == 0.5
+    gains = design[~tied] * np.sign(points[~tied] - 0.5)[:, None]  # of a step in the direction, for what was decided
+    equal = {"A_eq": design[tied], "b_eq": np.zeros(tied.sum())} if tied.any() else {}
+    best = linprog(-gains.sum(0), A_ub=-gains, b_ub=np.zeros(len(gains)), bounds=(-1, 1), **equal)
+    return best.status == 0 and -best.fun > 1e-7
 
 
 def _logistic(design: np.ndarray, points: np.ndarray, queries: np.ndarray) -> tuple[float, float]:
@@ -164,20 +146,20 @@ def _logistic(design: np.ndarray, points: np.ndarray, queries: np.ndarray) -> tu
     rows, weights = np.vstack([design, design]), np.concatenate([points, 1 - points])  # so much won, so much lost
     won = np.repeat([1, 0], len(points))
     model = LogisticRegression(C=np.inf, fit_intercept=False, solver="newton-cholesky", tol=1e-10, max_iter=200)
-    model.fit(rows[weights > 0], won[weights > 0], weights[weights > 0])
-    expected = 1 / (1 + np.exp(-design @ model.coef_[0]))
-    bread = np.linalg.inv(design.T @ (design * (expected * (1 - expected))[:, None]))
+    slopes = model.fit(rows[weights > 0], won[weights > 0], weights[weights > 0]).coef_[0]
     clusters = queries.max() + 1
     if clusters < 2:
-        return float(model.coef_[0, 0]), np.nan
+        return float(slopes[0]), np.nan
+    expected = 1 / (1 + np.exp(-design @ slopes))
+    bread = np.linalg.inv(design.T @ (design * (expected * (1 - expected))[:, None]))  # inverse information
     scores = np.zeros((clusters, design.shape[1]))
     np.add.at(scores, queries, design * (points - expected)[:, None])
     variance = bread @ (scores.T @ scores) @ bread * clusters / (clusters - 1)
-    return float(model.coef_[0, 0]), float(np.sqrt(variance[0, 0]))
+    return float(slopes[0]), float(np.sqrt(variance[0, 0]))
 
 
 def rm_against_elo(rated: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's correlation of mean Writing RM score and Elo over checkpoints: a row an arm, and `all` of them pooled:
+    """Spearman's correlation of mean Writing RM score and Elo over checkpoints: a row per arm, and `all` of them pooled:
     arm, spearman, low, high, checkpoints, note.
 
     `rated`: arm, step, elo, as `elo.over_steps` gives it; `scores`: arm, step, score. The interval is Bonett and Wright's
@@ -185,18 +167,18 @@ def rm_against_elo(rated: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     neighbours in a run are not, so it is rather too narrow. Below four checkpoints there is none.
     """
     both = rated[["arm", "step", "elo"]].merge(scores[["arm", "step", "score"]], on=["arm", "step"], validate="1:1").dropna()
-    groups = [*both.groupby("arm"), ("all", both)]
-    return pd.DataFrame([{"arm": arm, **_spearman(rows.elo, rows.score)} for arm, rows in groups])
+    rows = [{"arm": arm, **vars(_spearman(own.elo, own.score))} for arm, own in (*both.groupby("arm"), ("all", both))]
+    return pd.DataFrame(rows).rename(columns={"value": "spearman", "n": "checkpoints"})
 
 
-def _spearman(one: pd.Series, other: pd.Series) -> dict:
-    n, low, high, note = len(one), np.nan, np.nan, ""
+def _spearman(one: pd.Series, other: pd.Series) -> Estimate:
+    n = len(one)
     r = one.rank().corr(other.rank()) if n > 1 else np.nan
     if np.isnan(r):
-        note = "fewer than two checkpoints, or one of the two never changes"
-    elif n < 4 or abs(r) > 1 - 1e-12:
-        note = "no interval: fewer than four checkpoints" if n < 4 else "no interval: the ranks agree or disagree fully"
-    else:
-        error = 1.96 * np.sqrt((1 + r**2 / 2) / (n - 3))
-        low, high = np.tanh(np.arctanh(r) - error), np.tanh(np.arctanh(r) + error)
-    return {"spearman": r, "low": low, "high": high, "checkpoints": n, "note": note}
+        return _unknown(n, "fewer than two checkpoints, or one of the two never changes")
+    if n < 4:
+        return Estimate(r, np.nan, np.nan, n, "no interval: fewer than four checkpoints")
+    if abs(r) > 1 - 1e-12:
+        return Estimate(r, np.nan, np.nan, n, "no interval: the ranks agree or disagree fully")
+    z, error = np.arctanh(r), 1.96 * np.sqrt((1 + r**2 / 2) / (n - 3))
+    return Estimate(r, np.tanh(z - error), np.tanh(z + error), n)

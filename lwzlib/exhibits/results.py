@@ -19,10 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lwzlib.base.paths import FIGURES
 from lwzlib.base.rows import DataError, validated
-from lwzlib.evaluate import arena, elo
+from lwzlib.evaluate import TIE_MARGIN, arena, elo
 from lwzlib.evaluate.arena import judgment_table
 
-MARGIN = 0.1  # scores of a Writing RM that differ by no more are a tie, as in `lwz arena`
 ANCHOR = "base-nothink@0"
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Said = Annotated[str, Field(min_length=1)]
@@ -179,13 +178,13 @@ def judgments(held_out: pd.DataFrame) -> pd.DataFrame:
         return judgment_table([]).assign(seed=[])
     rows = held_out.dropna(subset="writing")
     steps = [0 if phase == "before" else step for phase, step in zip(rows.phase, rows.step, strict=True)]
-    rows = rows.assign(player=[arena.checkpoint(*each) for each in zip(rows.arm, steps, strict=True)])
+    rows = rows.assign(player=[arena.player_name(*each) for each in zip(rows.arm, steps, strict=True)])
     found = []
     for (seed, judge), some in rows.groupby(["seed", "judge"]):
         texts = {player: dict.fromkeys(of.id, "") for player, of in some.groupby("player")}
         asked = arena.matches(arena.Arena({id: arena.Task(id, "") for id in sorted(set(some.id))}, texts))
         scores = {(row.player, row.id): row.writing for row in some.itertuples()}
-        found.append(arena.judged_by_scores(asked, scores, f"Writing RM {judge}", MARGIN).assign(seed=seed))
+        found.append(arena.judged_by_scores(asked, scores, f"Writing RM {judge}", TIE_MARGIN).assign(seed=seed))
     return pd.concat(found, ignore_index=True)
 
 

@@ -40,7 +40,7 @@ def test_arena_judges_every_pair_in_both_orders_and_elo_reads_the_file(run_dir):
     assert "it shows what they learnt, not how" in said and "plain before = 1000" in said
     again = lwz("elo", run_dir / "arena.jsonl", "--anchor", "plain before")
     assert said.endswith(again), "the same table from the recorded judgments"
-    rated = elo.ratings(arena.recorded(run_dir / "arena.jsonl"), "plain before").table
+    rated = elo.ratings(arena.read_judgments(run_dir / "arena.jsonl"), "plain before").table
     assert all(f"{value:.0f}" in said for value in rated.elo)
 
 
@@ -52,7 +52,7 @@ def test_a_sheet_is_written_for_a_rater_and_its_export_becomes_judgments(run_dir
     export = run_dir / "export.json"
     export.write_text(json.dumps({"sheet": key["sheet"], "rater": "Ann", "choices": dict.fromkeys(key["pairs"], "left")}))
     assert "5 judgments" in lwz("unblind", export, run_dir / "rate.key.json", "--to", run_dir / "ann.jsonl")
-    found = arena.recorded(run_dir / "ann.jsonl")
+    found = arena.read_judgments(run_dir / "ann.jsonl")
     assert set(found.judge) == {"Ann"} and set(found.winner) == {"first"} and len(found) == 5
     other = run_dir / "bob.json"
     other.write_text(export.read_text().replace("Ann", "Bob"))
@@ -60,7 +60,7 @@ def test_a_sheet_is_written_for_a_rater_and_its_export_becomes_judgments(run_dir
         lwz("unblind", other, run_dir / "rate.key.json", "--to", run_dir / "ann.jsonl")
     lwz("unblind", other, run_dir / "rate.key.json")
     for name in ("Ann", "Bob"):
-        assert set(arena.recorded(run_dir / f"{name.lower()}.jsonl").judge) == {name}
+        assert set(arena.read_judgments(run_dir / f"{name.lower()}.jsonl").judge) == {name}
 
 
 def test_a_folder_without_samples_says_so(tmp_path):

@@ -20,7 +20,7 @@ from lwzlib.evaluate.writingbench import judge_responses
 QUERIES, CONCURRENCY = 400, 64
 JUDGE = textwrap.dedent("""
     import asyncio, pathlib, sys
-    from lwzlib import llm
+    from lwzlib.endpoints import llm
     from test_faults import judged
     llm._backoff = lambda _: 0.01
     asyncio.run(judged(*sys.argv[1:]))
@@ -30,7 +30,7 @@ JUDGE = textwrap.dedent("""
 def judged(url, bench, out):
     from pathlib import Path
 
-    bench = writingbench.benchmark(bench)
+    bench = writingbench.read_benchmark(bench)
     settings = llm.configure(base_url=url, model="m", concurrency=CONCURRENCY, timeout_s=6.0, patience_s=120.0)
     answers = {index: f"Answer {index}." for index in bench}
     return judge_responses(settings, bench, answers, Path(out))

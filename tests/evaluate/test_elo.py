@@ -66,11 +66,11 @@ def test_elo_is_that_of_an_independent_logistic_regression(seed):
 
 def test_known_ratings_are_recovered_and_the_anchor_only_shifts():
     points = simulated(np.random.default_rng(0), 20_000)
-    found = elo.fit(points.sum(0), 0)
+    found = elo.fit_ratings(points.sum(0), 0)
     assert found == pytest.approx(TRUE, abs=12)
-    again = elo.fit(points.sum(0), 3)
+    again = elo.fit_ratings(points.sum(0), 3)
     assert again[3] == 1000 and again - again[0] + 1000 == pytest.approx(found, abs=1e-6)
-    named = elo.rate(NAMES, points[:200], "d", resamples=50).table.set_index("model")
+    named = elo.rate_points(NAMES, points[:200], "d", resamples=50).table.set_index("model")
     assert named.loc["d", ["elo", "low", "high"]].tolist() == [1000] * 3
 
 
@@ -80,7 +80,7 @@ def test_intervals_cover_at_the_stated_rate():
     rng, inside = np.random.default_rng(1), []
     for seed in range(200):
         points = simulated(rng, 60)
-        drawn = elo.bootstrap(points, lambda some: elo.fit(some, 0), 100, seed)
+        drawn = elo.bootstrap_points(points, lambda some: elo.fit_ratings(some, 0), 100, seed)
         low, high = intervals.percentile_ends(drawn, 0.95)
         inside.append(((low <= TRUE) & (high >= TRUE))[1:])
     assert np.mean(inside) == pytest.approx(0.95, abs=3 * 0.0154 + 0.01)
@@ -90,7 +90,7 @@ def test_resampling_judgments_instead_of_queries_would_be_too_sure():
     """Both orders agree here, so that there are half as many independent results as judgments."""
     points = simulated(np.random.default_rng(2), 100)
     halves = np.concatenate([points / 2, points / 2])  # each order a unit of its own
-    drawn = [elo.bootstrap(sampled, lambda counted: elo.fit(counted, 0), 400, 0) for sampled in (points, halves)]
+    drawn = [elo.bootstrap_points(sampled, lambda counted: elo.fit_ratings(counted, 0), 400, 0) for sampled in (points, halves)]
     widths = [np.ptp(intervals.percentile_ends(ratings, 0.95), axis=0)[1:].mean() for ratings in drawn]
     assert widths[1] / widths[0] == pytest.approx(np.sqrt(0.5), abs=0.08)
 
@@ -130,11 +130,12 @@ def test_separation_is_stated_and_never_a_number():
     assert rated.elo["best"] == np.inf and np.isnan(rated.low["best"]) and rated.high["best"] == np.inf
     assert rated.elo["worst"] == -np.inf and rated.low["worst"] == -np.inf and np.isnan(rated.high["worst"])
     assert rated.elo[["far", "away"]].isna().all() and rated.low.isna()["far"] and rated.high.isna()["far"]
-    assert rated.elo["peer"] == pytest.approx(1000) and found.separated == 1  # 6 of 12 points each
+    assert rated.elo["peer"] == pytest.approx(1000) and (rated.not_finite[["best", "worst"]] == 1).all()  # 6 of 12 points each
     said = dict(each.split(": ", 1) for each in found.statements)
     assert said["best"].startswith("+inf: ") and said["worst"].startswith("-inf: ") and said["far"].startswith("no rating: ")
     assert "mid" not in said and "peer" not in said
-    order = elo.order(elo.points_by_query(table(rows), ["away", "best", "mid", "peer", "worst", "far"], list("0123")).sum(0))
+    points = elo.points_by_query(table(rows), ["away", "best", "mid", "peer", "worst", "far"], list("0123"))
+    order = elo.pairwise_order(points.sum(0))
     equal = [0, -1, 0, 0, 1, 0]
     assert order.tolist() == [[0] * 6, [0, 0, 1, 1, 1, 0], equal, equal, [0, -1, -1, -1, 0, 0], [0] * 6]
     with pytest.raises(ArenaError, match="'far' is not among"):
@@ -146,7 +147,7 @@ def test_separated_resamples_widen_the_interval_and_are_counted():
     found = elo.ratings(table(rows), "b", resamples=2000, seed=3)
     row = found.table.set_index("model").loc["a"]
     assert row.elo == pytest.approx(1000 + 400 * np.log10(19), abs=1e-6)
-    assert row.not_finite == found.separated == pytest.approx(0.95**20, abs=3 * np.sqrt(0.36 * 0.64 / 2000))
+    assert row.not_finite == pytest.approx(0.95**20, abs=3 * np.sqrt(0.36 * 0.64 / 2000))
     assert row.high == np.inf and np.isfinite(row.low) and "counted as infinite" in row.note and len(found.statements) == 1
 
 
@@ -165,12 +166,12 @@ def test_wrong_input_is_refused_with_its_reason():
     for points, reason in (([[0, -1], [1, 0]], "not negative"), ([[0, np.nan], [1, 0]], "finite"), ([[1, 1], [1, 0]], "itself"),
                            ([[0, 1, 1], [1, 0, 1]], r"\(players, players\)")):
         with pytest.raises(ArenaError, match=reason):
-            elo.fit(np.array(points), 0)
+            elo.fit_ratings(np.array(points), 0)
 
 
 def test_very_unequal_players_are_rated():
     points = np.array([[0, 1e7, 0], [1, 0, 1e7], [0, 1, 0]])
-    assert elo.fit(points, 1) == pytest.approx([3800, 1000, -1800], abs=1e-4)
+    assert elo.fit_ratings(points, 1) == pytest.approx([3800, 1000, -1800], abs=1e-4)
 
 
 def test_win_tie_loss_by_hand():

@@ -17,7 +17,7 @@ from lwzlib.base.rows import DataError
 from lwzlib.endpoints import llm
 from lwzlib.evaluate import common
 from lwzlib.evaluate import longbench as lb
-from lwzlib.evaluate.longbench import judge_answers, score_table
+from lwzlib.evaluate.longbench import judge_responses, score_table
 from lwzlib.exhibits import figures
 
 words = st.integers(1, 40_000)
@@ -73,7 +73,7 @@ def test_quality_score_is_the_formula(grades):
 def test_the_prompts_of_the_kit():
     if not is_prepared(LONGBENCH):
         pytest.skip(f"{LONGBENCH} is not prepared (lwz prepare)")
-    bench = lb.benchmark()
+    bench = lb.read_benchmark()
     assert len(bench) == 120 and list(bench) == list(range(120)) and len({item.prompt for item in bench.values()}) == 120
     assert {item.language for item in bench.values()} == {"en", "zh"}
     assert min(item.required_words for item in bench.values()) == 100
@@ -86,7 +86,7 @@ def test_the_prompts_of_the_kit():
 def test_prompts_that_are_not_prepared_say_how(monkeypatch, tmp_path):
     monkeypatch.setenv("LWZ_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="lwz prepare"):
-        lb.benchmark()
+        lb.read_benchmark()
 
 
 def lines(path, rows):
@@ -101,7 +101,7 @@ def lines(path, rows):
     ({"prompt": "p", "length": 1}, "type: Field required")])
 def test_prompts_that_cannot_be_used_are_named(tmp_path, row, wrong):
     with pytest.raises(DataError, match=rf"bench\.jsonl, line 2: {wrong}"):
-        lb.benchmark(lines(tmp_path / "bench.jsonl", [{"prompt": "p", "type": "t", "length": 1}, row]))
+        lb.read_benchmark(lines(tmp_path / "bench.jsonl", [{"prompt": "p", "type": "t", "length": 1}, row]))
 
 
 @pytest.mark.parametrize(("row", "wrong"), [
@@ -110,16 +110,16 @@ def test_prompts_that_cannot_be_used_are_named(tmp_path, row, wrong):
     ({"index": 0, "scores": [{name: 3 for name in lb.DIMENSIONS[:5]}]}, r"scores\.0\.reading_experience: Field required"),
     ({"index": 0, "scores": []}, "scores")])
 def test_scores_that_cannot_be_used_are_named(tmp_path, row, wrong):
-    bench = lb.benchmark(lines(tmp_path / "bench.jsonl", [{"prompt": "p", "type": "t", "length": 1}]))
+    bench = lb.read_benchmark(lines(tmp_path / "bench.jsonl", [{"prompt": "p", "type": "t", "length": 1}]))
     with pytest.raises(DataError, match=rf"scores\.jsonl, line 1: {wrong}"):
-        lb.scores(lines(tmp_path / "scores.jsonl", [row]), bench)
+        lb.read_scores(lines(tmp_path / "scores.jsonl", [row]), bench)
 
 
 @pytest.mark.parametrize(("response", "count"), [
     ("one two 三", 3), ("", 0), ("<think>a long plan</think><answer>two words</answer>", 2), ("a plan</think>\n\none", 1),
     ("<think>a plan that never ends", 0), ("<answer>cut after four words", 4)])
 def test_words_are_those_of_the_answer(response, count):
-    bench = {0: lb.Item("p", "t", 10, "en")}
+    bench = {0: lb.Item(prompt="p", type="t", length=10)}
     row = lb.lengths(bench, {0: response}).iloc[0]
     assert row.written_words == count and row.S_l == pytest.approx(formula(10, count))
 
@@ -127,8 +127,8 @@ def test_words_are_those_of_the_answer(response, count):
 def test_table_is_that_of_the_protocol():
     draw = random.Random(3)
     for _ in range(60):
-        bench = {i: lb.Item(f"p{i}", draw.choice("ab"), draw.choice([100, 499, 500, 2000, 3999, 4000, 20_000]),
-                            draw.choice(["en", "zh"])) for i in range(draw.randint(1, 9))}
+        bench = {i: lb.Item(type=draw.choice("ab"), length=draw.choice([100, 499, 500, 2000, 3999, 4000, 20_000]),
+                            prompt=draw.choice(["Rain", "写雨"])) for i in range(draw.randint(1, 9))}
         answers = {i: "word " * draw.randint(0, 900) for i in bench if draw.random() < 0.8}
         judgments = {i: [lb.Quality(**{name: draw.randint(1, 5) for name in lb.DIMENSIONS}) for _ in range(draw.randint(1, 3))]
                      for i in answers if draw.random() < 0.8}
@@ -153,10 +153,10 @@ def grades(value):
 
 
 def test_judging_from_responses_to_the_table_and_the_figure(llm_server, tmp_path):
-    bench = lb.benchmark(lines(tmp_path / "bench.jsonl", [
+    bench = lb.read_benchmark(lines(tmp_path / "bench.jsonl", [
         {"prompt": "写春", "type": "Poem", "length": 2}, {"prompt": "Rain", "type": "Essay", "length": 4},
         {"prompt": "Silence", "type": "Essay", "length": 4}, {"prompt": "Unanswered", "type": "Essay", "length": 4}]))
-    answers = common.responses(lines(tmp_path / "answers.jsonl", [
+    answers = common.read_responses(lines(tmp_path / "answers.jsonl", [
         {"index": 2, "response": "<think>No"}, {"index": 0, "response": "<think>计划</think><answer>春天来了</answer>"},
         {"index": 1, "response": "It is raining again"}]), bench)
     script = {"raining": [{"text": json.dumps(grades(4))}], "春天": [{"text": json.dumps(grades(9))}, {
@@ -164,10 +164,10 @@ def test_judging_from_responses_to_the_table_and_the_figure(llm_server, tmp_path
     settings = llm.configure(base_url=llm_server.url, model="m", api_key_env="LWZ_NO_KEY", patience_s=5.0)
     out = tmp_path / "scores.jsonl"
     llm_server.script(script)
-    judgments, missing = asyncio.run(judge_answers(settings, bench, answers, out))
+    judgments, missing = asyncio.run(judge_responses(settings, bench, answers, out))
     assert [json.loads(line) for line in out.read_text().splitlines()] == [
         {"index": 0, "scores": [grades(3)]}, {"index": 1, "scores": [grades(4)]}]
-    assert lb.scores(out, bench) == judgments and [row["asked"] for row in missing] == [[2, 0]]
+    assert lb.read_scores(out, bench) == judgments and [row["asked"] for row in missing] == [[2, 0]]
     assert {r["body"]["temperature"] for r in llm_server.requests} == {0.5}
     assert not any("计划" in r["asked"] for r in llm_server.requests)
     frame = score_table(bench, answers, judgments).set_index(["scope", "name", "measure"])

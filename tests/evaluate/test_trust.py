@@ -86,27 +86,6 @@ def test_kendall_ranks_those_who_never_lose_and_says_where_nothing_is_ranked():
     assert np.isnan(equal.value) and "ranks no model" in equal.note
 
 
-def test_self_preference_is_the_difference_that_was_put_in():
-    rng, families = np.random.default_rng(2), {"q7": "qwen", "q32": "qwen", "g": "gpt", "l": "llama"}
-
-    def fan(likes):
-        return lambda q, a, b: 0.5 + 0.2 * ((families[a] == likes) - (families[b] == likes))
-
-    judged = pd.concat([arena(rng, families, 100, fan("qwen"), "Qwen-72B"), arena(rng, families, 100, fan(""), "GPT-4.1"),
-                        arena(rng, families, 100, fan(""), "Scout")], ignore_index=True)
-    judged.loc[::50, "winner"] = None
-    makers = {"Qwen-72B": "qwen", "GPT-4.1": "gpt", "Scout": "llama"}
-    found = trust.self_preference(judged, families, makers).set_index("family")
-    assert found.loc["qwen", "low"] < 0.2 < found.loc["qwen", "high"] and found.loc["qwen", "low"] > 0.1
-    assert found.loc["llama", "low"] < 0.05  # l is liked by nobody of its own
-    qwen = found.loc["qwen"]
-    assert qwen.difference == pytest.approx(qwen.own - qwen.others, abs=1e-9) and 600 < qwen.judged <= 800
-    with pytest.raises(ArenaError, match="no family is given for Scout, l"):
-        trust.self_preference(judged, {"q7": "qwen", "q32": "qwen", "g": "gpt"}, {"Qwen-72B": "qwen", "GPT-4.1": "gpt"})
-    alone = judged[judged.judge == "Scout"]
-    assert trust.self_preference(alone, families, {"Scout": "llama"}).empty
-
-
 def test_position_bias_counts_pairs_seen_in_both_orders_only():
     rng = np.random.default_rng(3)
     first = trust.position_bias(arena(rng, "abc", 60, lambda *_: 0.7))

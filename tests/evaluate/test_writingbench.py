@@ -101,12 +101,12 @@ def test_aggregates_are_those_of_the_protocol(tmp_path, languages):
     draw, compared = random.Random(repr(languages)), 0
     for _ in range(70):
         raw = random_benchmark(draw, draw.randint(1, 8), languages)
-        bench = wb.benchmark(lines(tmp_path / "bench.jsonl", raw))
+        bench = wb.read_benchmark(lines(tmp_path / "bench.jsonl", raw))
         required = random_requirements(draw, raw, tmp_path / "requirement")
-        assert wb.requirements(tmp_path / "requirement", bench) == required
+        assert wb.read_requirements(tmp_path / "requirement", bench) == required
         for _ in range(10):
             rows = random_scores(draw, raw)
-            frame = score_table(bench, wb.scores(lines(tmp_path / "scores.jsonl", rows), bench), required, resamples=0)
+            frame = score_table(bench, wb.read_scores(lines(tmp_path / "scores.jsonl", rows), bench), required, resamples=0)
             found = {(row["language"], row["scope"], row["name"]): row["score"] for row in frame.to_dict("records")}
             present = {"all"} | {"zh" if "写" in row["query"] else "en" for row in raw}
             expected = {(language, *part): score for language in present
@@ -120,7 +120,7 @@ def test_aggregates_are_those_of_the_protocol(tmp_path, languages):
 def test_counts_leaderboard_and_intervals(tmp_path):
     draw = random.Random(5)
     raw = random_benchmark(draw, 200, ["Write"])
-    bench = wb.benchmark(lines(tmp_path / "bench.jsonl", raw))
+    bench = wb.read_benchmark(lines(tmp_path / "bench.jsonl", raw))
     judgments = {i: {name: [wb.Judgment(score=draw.randint(4, 9), reason="")] for name in "ABCDE"} for i in bench}
     frame = score_table(bench, judgments)
     assert (frame.leaderboard == 10 * frame.score).all()
@@ -150,7 +150,7 @@ def test_interval_covers_at_the_stated_rate():
 
 
 def test_score_file_round_trip_in_the_order_of_the_benchmark(tmp_path):
-    bench = wb.benchmark(lines(tmp_path / "bench.jsonl", [item(7, "写诗"), item(2), item(5)]))
+    bench = wb.read_benchmark(lines(tmp_path / "bench.jsonl", [item(7, "写诗"), item(2), item(5)]))
     judgments = {5: {"E": [wb.Judgment(score=3, reason="“三”"), wb.Judgment(score=4, reason="")],
                      "A": [wb.Judgment(score=10, reason="x")]},
                  2: {}, 7: {"B": [wb.Judgment(score=1, reason="y")]}}
@@ -160,7 +160,7 @@ def test_score_file_round_trip_in_the_order_of_the_benchmark(tmp_path):
         {"index": 5, "scores": {"A": [{"score": 10, "reason": "x"}],
                                 "E": [{"score": 3, "reason": "“三”"}, {"score": 4, "reason": ""}]}}]
     del judgments[2]
-    assert wb.scores(tmp_path / "scores.jsonl", bench) == judgments
+    assert wb.read_scores(tmp_path / "scores.jsonl", bench) == judgments
 
 
 @pytest.mark.parametrize(("row", "wrong"), [
@@ -177,10 +177,10 @@ def test_score_file_round_trip_in_the_order_of_the_benchmark(tmp_path):
     ({"index": "2", "scores": {}}, "line 2: index = '2'"), ({"index": 2}, "line 2: scores: Field required"),
     (["index"], "line 2: ")])
 def test_scores_that_cannot_be_used_are_named(tmp_path, row, wrong):
-    bench = wb.benchmark(lines(tmp_path / "bench.jsonl", [item(1), item(2)]))
+    bench = wb.read_benchmark(lines(tmp_path / "bench.jsonl", [item(1), item(2)]))
     path = lines(tmp_path / "scores.jsonl", [{"index": 1, "scores": {"A": [{"score": 3, "reason": ""}]}}, row])
     with pytest.raises(DataError, match=rf"scores\.jsonl, {wrong}"):
-        wb.scores(path, bench)
+        wb.read_scores(path, bench)
 
 
 def test_other_files_that_cannot_be_used_are_named(tmp_path):
@@ -190,29 +190,30 @@ def test_other_files_that_cannot_be_used_are_named(tmp_path):
 
     without = item(2)
     del without["checklist"][1]["7-8"]
-    refused(r"line 2: checklist\.1\.7-8: Field required", wb.benchmark, [item(1), without])
-    refused("line 2: query: Field required", wb.benchmark, [item(1), {"index": 2, "checklist": []}])
-    refused("line 1: checklist = .*at least 1 item", wb.benchmark, [item(1, names="")])
-    refused("line 1: checklist = .*same name", wb.benchmark, [item(1, names="AA")])
-    refused("line 2: index 1 was already used", wb.benchmark, [item(1), item(1)])
-    refused("has no row", wb.benchmark, [])
-    refused("line 1: response = None", lambda path: common.responses(path, {1}), [{"index": 1, "response": None}])
-    refused("line 1: index 3 is not in the benchmark", lambda path: common.responses(path, {1}), [{"index": 3, "response": ""}])
+    refused(r"line 2: checklist\.1\.7-8: Field required", wb.read_benchmark, [item(1), without])
+    refused("line 2: query: Field required", wb.read_benchmark, [item(1), {"index": 2, "checklist": []}])
+    refused("line 1: checklist = .*at least 1 item", wb.read_benchmark, [item(1, names="")])
+    refused("line 1: checklist = .*same name", wb.read_benchmark, [item(1, names="AA")])
+    refused("line 2: index 1 was already used", wb.read_benchmark, [item(1), item(1)])
+    refused("has no row", wb.read_benchmark, [])
+    refused("line 1: response = None", lambda path: common.read_responses(path, {1}), [{"index": 1, "response": None}])
+    refused("line 1: index 3 is not in the benchmark", lambda path: common.read_responses(path, {1}),
+            [{"index": 3, "response": ""}])
     with pytest.raises(DataError, match="no file"):
-        wb.benchmark(tmp_path / "none.jsonl")
+        wb.read_benchmark(tmp_path / "none.jsonl")
 
-    bench = wb.benchmark(lines(tmp_path / "bench.jsonl", [item(1), item(2)]))
+    bench = wb.read_benchmark(lines(tmp_path / "bench.jsonl", [item(1), item(2)]))
     random_requirements(random.Random(0), [item(1), item(2)], tmp_path)
     folder = tmp_path / "format"
     lines(folder / "format_subset.jsonl", [{"index": 1}, {"index": 800}])
     lines(folder / "format_subset_C.jsonl", [{"index": 1, "checklist": [{"name": "B"}]}, {"index": 800, "checklist": []}])
-    assert wb.requirements(tmp_path, bench)["format"] == {1: ["B"]}, "the benchmark may be a part of the public one"
+    assert wb.read_requirements(tmp_path, bench)["format"] == {1: ["B"]}, "the benchmark may be a part of the public one"
     lines(folder / "format_subset_C.jsonl", [{"index": 1, "checklist": [{"name": "Q"}]}])
     with pytest.raises(DataError, match=r"_C\.jsonl, line 1: query 1 has no criterion 'Q'"):
-        wb.requirements(tmp_path, bench)
+        wb.read_requirements(tmp_path, bench)
     lines(folder / "format_subset_C.jsonl", [{"index": 2, "checklist": []}])
     with pytest.raises(DataError, match=r"format_subset\.jsonl, line 1: index 1 is not in format_subset_C"):
-        wb.requirements(tmp_path, bench)
+        wb.read_requirements(tmp_path, bench)
 
 
 @pytest.mark.parametrize(("response", "judged"), [
@@ -220,12 +221,12 @@ def test_other_files_that_cannot_be_used_are_named(tmp_path):
     ("Plan.</think>Text", "Text"), ("<think>A plan that never", "<think>A plan that never"),
     ("<think>Plan.</think><answer>\nText.\n</answer>", "Text."), ("<answer>Cut", "Cut"), ("<think>a</think>", "")])
 def test_what_is_judged(response, judged):
-    assert common.written(response) == judged
+    assert common.judged_text(response) == judged
 
 
 def test_language_is_that_of_the_file_or_of_the_query(tmp_path):
     raw = [item(1, "Translate 春天."), item(2, "Translate 春天.", lang="en"), item(3, "Rain", lang="klingon")]
-    assert [i.language for i in wb.benchmark(lines(tmp_path / "bench.jsonl", raw)).values()] == ["zh", "en", "en"]
+    assert [i.language for i in wb.read_benchmark(lines(tmp_path / "bench.jsonl", raw)).values()] == ["zh", "en", "en"]
 
 
 def test_prompts_hold_the_criterion_and_a_brace_in_a_text_stays():
@@ -246,8 +247,8 @@ SCRIPT = {"missing: ": [{"text": '{"score": 11, "reason": "too high"}'}],
 
 
 def judge(server, tmp_path, **options):
-    bench = wb.benchmark(lines(tmp_path / "bench.jsonl", RAW))
-    answers = common.responses(lines(tmp_path / "answers.jsonl", [
+    bench = wb.read_benchmark(lines(tmp_path / "bench.jsonl", RAW))
+    answers = common.read_responses(lines(tmp_path / "answers.jsonl", [
         {"index": 1, "response": "<think>Secret.</think>\n\nO {criterion}!"}, {"index": 3, "response": "春"}]), bench)
     samples = options.pop("samples", 1)
     settings = llm.configure(base_url=server.url, model="m", api_key_env="LWZ_NO_KEY", patience_s=5.0, concurrency=1, **options)
@@ -261,7 +262,7 @@ def test_judging_from_responses_to_the_table(llm_server, tmp_path):
     assert [json.loads(line) for line in out.read_text().splitlines()] == [
         {"index": 3, "scores": {"意境": [{"score": 9, "reason": "远"}]}},
         {"index": 1, "scores": {"tone": [{"score": 8, "reason": "warm"}], "shape": [{"score": 5, "reason": "loose"}]}}]
-    assert wb.scores(out, bench) == judgments
+    assert wb.read_scores(out, bench) == judgments
     assert [row["asked"] for row in missing] == [[3, "missing", 0]] and "score = 11" in missing[0]["why"]
     assert [json.loads(line) for line in out.with_suffix(".missing.jsonl").read_text().splitlines()] == missing
     overall = score_table(bench, judgments).iloc[0]

@@ -198,7 +198,7 @@ def test_evaluation_takes_another_judge_and_another_model(smoke_run, llm_server,
         parameters={"recipe": "smoke", "run_dir": str(smoke_run), "model": "kit:tiny", "judge_model": "m",
                     "judge_base_url": llm_server.url})
     said = "".join(str(output) for cell in nbformat.read(out, 4).cells for output in cell.get("outputs", []))
-    judgments = arena.recorded(smoke_run / "arena.jsonl")
+    judgments = arena.read_judgments(smoke_run / "arena.jsonl")
     assert set(judgments.judge) == {"m"} and "kit:tiny" in set(judgments["first"]) and "judge: m" in said
     assert len(judgments) == 2 * 2 * 15, "both orders of six players' pairs on two queries"
     assert trust.position_bias(judgments).value == 1, "the first place always won, and the notebook would say so"

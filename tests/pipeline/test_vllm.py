@@ -59,9 +59,9 @@ def writes(name, to, *more):
 def test_longbench_write_from_requests_to_table(lwz):
     write_rows(Path("bench.jsonl"), [{"prompt": prompt, "type": "t", "length": words} for prompt, words in PROMPTS])
     assert "3 responses" in lwz(*writes("longbench", "r.jsonl", "--source", "bench.jsonl"))
-    bench = longbench.benchmark("bench.jsonl")
+    bench = longbench.read_benchmark("bench.jsonl")
     said = lwz("judge", "longbench", "r.jsonl", "--to", "s.jsonl", "--source", "bench.jsonl", *judging())
-    found = longbench.scores("s.jsonl", bench)
+    found = longbench.read_scores("s.jsonl", bench)
     assert found and len(found) + len(read_rows(Path("s.missing.jsonl"))) == 3, "judged, or counted as missing"
     assert "S_l" in said and "S_q" in said
     before = Path("s.replies.jsonl").read_bytes()
@@ -77,7 +77,7 @@ def test_writingbench_scores_are_in_its_own_format(lwz):
     lwz(*writes("writingbench", "r.jsonl", "--source", "bench.jsonl", "--style", "direct"))
     assert [row["index"] for row in read_rows(Path("r.jsonl"))] == [7]
     lwz("judge", "writingbench", "r.jsonl", "--to", "s.jsonl", "--source", "bench.jsonl", *judging("--samples", "3"))
-    found = writingbench.scores("s.jsonl", writingbench.benchmark("bench.jsonl"))
+    found = writingbench.read_scores("s.jsonl", writingbench.read_benchmark("bench.jsonl"))
     given = sum(len(each) for each in found.get(7, {}).values())
     assert given and given + len(read_rows(Path("s.missing.jsonl"))) == 6, "two criteria, each judged three times"
     assert "overall" in lwz("aggregate", "writingbench", "s.jsonl", "--source", "bench.jsonl", asks=False)
@@ -89,7 +89,7 @@ def test_arena_of_a_base_models_texts_and_a_baselines(lwz):
                                      for i, (prompt, words) in enumerate(PROMPTS[:2])])
     lwz(*writes("arena", "mine.jsonl", "--source", "bench.jsonl", "--style", "think", "--frame", "plain"))
     lwz("arena", "bench.jsonl", "--player", "mine=mine.jsonl", "--anchor", "baseline", *judging())
-    judgments = arena.recorded("arena.jsonl")
+    judgments = arena.read_judgments("arena.jsonl")
     assert len(judgments) == 4 and set(judgments.judge) == {"smollm2"}
     assert judgments.winner.notna().any(), "at least one judgment is valid"
 
