@@ -16,12 +16,13 @@ import time
 import click
 import nbformat
 import papermill
+from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine
 from papermill.log import logger
 
 from lwzlib.base.recipe import Recipe, RecipeError, load_recipe, nearest_name
 from lwzlib.base.rows import RunError, locked, write_atomic
-from lwzlib.cluster.jobs import End, Job, Watch, ask_slurm, id_of, jobs_of, name_of
+from lwzlib.cluster.jobs import End, Job, ask_slurm, id_of, jobs_of, name_of, watch
 from lwzlib.cluster.profile import ClusterError, Profile, batch_script, check_job, load_profile, submit_job
 from lwzlib.pipeline.stages import run_folder
 
@@ -39,40 +40,42 @@ class Refused(RuntimeError, click.ClickException):
 
 
 class SlurmEngine(Engine):
-    """`profile` is an option of papermill.execute_notebook; on the command line it comes from LWZ_PROFILE."""
+    """The engine. `profile` is an option of papermill.execute_notebook; on the command line it comes from LWZ_PROFILE."""
 
     @classmethod
     def execute_notebook(cls, nb, kernel_name, output_path=None, input_path=None, profile=None, start_timeout=60,
                          execution_timeout=None, **options):
-        """Raises Refused before anything is submitted or written."""
+        """Check, submit (or find) the job, and follow it. Raises Refused before anything is submitted or written."""
         try:
             if not output_path or "://" in str(output_path):
                 raise ClusterError("the engine slurm writes the notebook while the job runs: give a path on the file system as "
                                    "output, and leave papermill's request_save_on_cell_execute on")
-            site = load_profile(profile)
-            parameters = checked(nb, site)
-            name = name_of(os.path.abspath(output_path))
-            (site.jobs_folder / name).mkdir(parents=True, exist_ok=True)
-            with locked(site.jobs_folder / name / "lock"):
-                asked = {"notebook": str(input_path), "output": os.path.abspath(output_path), "parameters": parameters,
-                         "cwd": os.getcwd(), "kernel": kernel_name, "profile": site.model_dump(),
-                         "options": {"start_timeout": start_timeout, "execution_timeout": execution_timeout}}
-                job = attached(site, name, asked, nb) or submitted(site, name, asked, nb)
+            site, output = load_profile(profile), os.path.abspath(output_path)
+            record = {"notebook": str(input_path), "output": output, "parameters": checked_parameters(nb, site),
+                      "cwd": os.getcwd(), "kernel": kernel_name, "profile": site.model_dump(),
+                      "options": {"start_timeout": start_timeout, "execution_timeout": execution_timeout}}
+            # What is computed; the site may change.
+            content = [[cell.source for cell in nb.cells], record["cwd"], kernel_name]
+            record["digest"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+            folder = site.jobs_folder / name_of(output)
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder / "lock"):
+                job = attached(site, record) or submitted(site, record, nb)
                 return super().execute_notebook(nb, kernel_name, output_path=output_path, job=job, **options)
         except (ClusterError, RecipeError, RunError) as error:
             raise Refused(str(error)) from None
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, job=None, log_output=False, stdout_file=None, stderr_file=None, **_):
-        """papermill calls it with `nb_man`, its notebook: filled from the job until that ends. Ctrl-C cancels the job."""
-        mirror = Mirror(nb_man, job, log_output, {"stdout": stdout_file, "stderr": stderr_file})
-        watch = Watch(job, mirror.tell)
+        """Fill papermill's notebook (`nb_man`) from the job until that ends. Ctrl-C cancels the job."""
+        mirror = Mirror(nb_man, job, PapermillNotebookClient(
+            nb_man, log=logger, log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file))
         try:
-            end = _follow(mirror, watch)
+            end = mirror.follow()
         except KeyboardInterrupt:
             mirror.tell(f"job {job.record['job_id']}: cancelling")
             job.cancel()
-            _follow(mirror, watch, _CANCEL_PATIENCE_S)
+            mirror.follow(_CANCEL_PATIENCE_S)
             mirror.fail(End("CANCELLED", "JobCancelled", f"Slurm job {job.record['job_id']} was cancelled by Ctrl-C"))
             raise
         job.note(seen=True)
@@ -81,22 +84,20 @@ class SlurmEngine(Engine):
 
 
 def parameters_of(nb) -> dict:
-    """Names and literal values of the cell tagged `parameters`."""
-    cells = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
-    nodes = ast.parse(cells[0].source).body if cells else []
-    assigned = [(node.targets[0] if isinstance(node, ast.Assign) else node.target, node.value)
-                for node in nodes if isinstance(node, ast.Assign | ast.AnnAssign)]
-    return {ast.unparse(name): _literal(value) for name, value in assigned}
+    """{name: literal value} of the cell tagged `parameters`; None for a value that is computed."""
+    parameters: dict = {}
+    tagged = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
+    for node in ast.parse(tagged[0].source).body if tagged else []:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+            name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+            try:
+                parameters[name] = ast.literal_eval(node.value)
+            except ValueError:
+                parameters[name] = None
+    return parameters
 
 
-def _literal(node):
-    try:
-        return ast.literal_eval(node)
-    except ValueError:  # computed: its value is the notebook's affair
-        return None
-
-
-def checked(nb, site: Profile) -> dict:
+def checked_parameters(nb, site: Profile) -> dict:
     """The parameters that the notebook will run with. Raises ClusterError or RecipeError for one that cannot be."""
     known, given = parameters_of(nb), nb.metadata.papermill.get("parameters", {})
     for name, value in given.items():
@@ -107,103 +108,98 @@ def checked(nb, site: Profile) -> dict:
             raise ClusterError(f"parameter {name} = {value!r} must be a number, such as {known[name]!r}")
     parameters = known | dict(given)
     if "recipe" in parameters:
-        loaded = load_recipe(parameters["recipe"], parameters.get("overrides"))
+        recipe = load_recipe(parameters["recipe"], parameters.get("overrides"))
         if parameters.get("run_dir") == "":
-            parameters["run_dir"] = str(run_folder(loaded, int(parameters.get("seed") or 0)))
+            parameters["run_dir"] = str(run_folder(recipe, int(parameters.get("seed") or 0)))
         if "arm" in parameters:
-            loaded.for_arm(parameters["arm"])
-            _fits(loaded, site)
+            recipe.for_arm(parameters["arm"])
+            _check_fit(recipe, site)
     return parameters
 
 
-def _fits(loaded: Recipe, site: Profile) -> None:
+def _check_fit(recipe: Recipe, site: Profile) -> None:
     """Raises ClusterError for GRPO that needs more nodes than the job has, or more memory than its GPUs have."""
-    if loaded.launch not in ("torchrun", "slurm"):
+    if recipe.launch not in ("torchrun", "slurm") or not site.gpu:
         return
-    from lwzlib.cluster.estimate import GPUS, plan, problems
+    from lwzlib.cluster.estimate import GPUS, make_plan, problems
 
-    for wanted, has, what in ((loaded.distributed.nodes, site.nodes, "nodes"),
-                              (loaded.distributed.processes, site.gpus_per_node, "gpus_per_node")):
-        if site.gpu and wanted > has:
-            raise ClusterError(f"recipe {loaded.name} wants {wanted} {'nodes' if what == 'nodes' else 'processes a node'}, and "
-                               f"the profile gives {what}={has}: change either, by overrides or by LWZ_PROFILE")
-    if site.gpu and (reasons := problems(plan(loaded, GPUS[site.gpu]))):
-        raise ClusterError(f"recipe {loaded.name} cannot run on {site.gpu}: {'; '.join(reasons)} (see `lwz estimate`)")
-
-
-def _digest(nb, asked: dict) -> str:
-    """Of what is computed; the site may change."""
-    content = [[cell.source for cell in nb.cells], asked["cwd"], asked["kernel"]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    for wanted, unit, key in ((recipe.distributed.nodes, "nodes", "nodes"),
+                              (recipe.distributed.processes, "processes a node", "gpus_per_node")):
+        if wanted > (available := getattr(site, key)):
+            raise ClusterError(f"recipe {recipe.name} wants {wanted} {unit}, and the profile gives {key}={available}: change "
+                               "either, by overrides or by LWZ_PROFILE")
+    if reasons := problems(make_plan(recipe, GPUS[site.gpu])):
+        raise ClusterError(f"recipe {recipe.name} cannot run on {site.gpu}: {'; '.join(reasons)} (see `lwz estimate`)")
 
 
-def attached(site: Profile, name: str, asked: dict, nb) -> Job | None:
+def attached(site: Profile, record: dict) -> Job | None:
     """The job that makes this output: one that still runs, or one whose result nobody has seen yet."""
-    if not (earlier := jobs_of(site.jobs_folder, name)):
+    earlier = jobs_of(site.jobs_folder, name_of(record["output"]))
+    if not earlier or (before := (job := earlier[-1]).record).get("seen"):
         return None
-    job = earlier[-1]
-    record = job.record
-    if record.get("seen"):
-        return None
-    if not (number := record.get("job_id") or id_of(record["name"])):
+    if not (job_id := before.get("job_id") or id_of(before["name"])):
         return None  # the client died before it submitted
-    job.note(job_id=number)
-    seen = ask_slurm(number)
-    if seen is None:
-        raise ClusterError(f"Slurm does not answer, and its job {number} may still make {asked['output']}")
-    end, same = job.end(seen), record["digest"] == _digest(nb, asked)
+    job.note(job_id=job_id)
+    if (status := ask_slurm(job_id)) is None:
+        raise ClusterError(f"Slurm does not answer, and its job {job_id} may still make {record['output']}")
+    end, same = job.end(status), before["digest"] == record["digest"]
     if end and not (same and end.state in ("finished", "failed")):
-        logger.info(f"{end.message or f'Slurm job {number} {end.state}'}; submitting anew")
+        logger.info(f"{end.message or f'Slurm job {job_id} {end.state}'}; submitting anew")
         return None
     if not same:
-        theirs = [f"{key} was {value!r}, is {asked['parameters'].get(key)!r}" for key, value in record["parameters"].items()
-                  if value != asked["parameters"].get(key)] or ["its cells or its working directory differ"]
-        raise ClusterError(f"{asked['output']} is being made by Slurm job {number} of another notebook ({'; '.join(theirs)}). "
-                           f"Choose another output, or: scancel {number}")
-    logger.info(f"Slurm job {number}, submitted {time.ctime(record['submitted'])}, found again")
+        differences = [f"{key} was {value!r}, is {record['parameters'].get(key)!r}" for key, value in
+                       before["parameters"].items() if value != record["parameters"].get(key)]
+        raise ClusterError(f"{record['output']} is being made by Slurm job {job_id} of another notebook "
+                           f"({'; '.join(differences) or 'its cells or its working directory differ'}). "
+                           f"Choose another output, or: scancel {job_id}")
+    logger.info(f"Slurm job {job_id}, submitted {time.ctime(before['submitted'])}, found again")
     return job
 
 
-def submitted(site: Profile, name: str, asked: dict, nb) -> Job:
+def submitted(site: Profile, record: dict, nb) -> Job:
     """A new job. Its folder tells the whole story: job.json, input.ipynb, live.ipynb, state.json, its script and its log."""
-    earlier = jobs_of(site.jobs_folder, name)
-    number = int(earlier[-1].folder.name) + 1 if earlier else 1
-    folder, job_name = site.jobs_folder / name / str(number), f"lwz-{name}-{number}"
-    check_job(site, folder, job_name)
-    folder.mkdir(exist_ok=True)
-    nbformat.write(nb, folder / "input.ipynb")
-    job, record = Job(folder), asked | {"name": job_name, "digest": _digest(nb, asked), "submitted": time.time()}
-    write_atomic(folder / "job.json", json.dumps(record, indent=1))
-    job.note(job_id=submit_job(site, folder, job_name))
-    logger.info(f"Slurm job {job.record['job_id']}: {folder}")
+    job, name = _next_job(site, record["output"])
+    check_job(site, job.folder, name)
+    job.folder.mkdir(exist_ok=True)
+    nbformat.write(nb, job.folder / "input.ipynb")
+    write_atomic(job.folder / "job.json", json.dumps(record | {"name": name, "submitted": time.time()}, indent=1))
+    job.note(job_id=submit_job(site, job.folder, name))
+    logger.info(f"Slurm job {job.record['job_id']}: {job.folder}")
     return job
+
+
+def _next_job(site: Profile, output: str) -> tuple[Job, str]:
+    """The next job of an output, not made yet, and its name."""
+    name, earlier = name_of(output), jobs_of(site.jobs_folder, name_of(output))
+    number = int(earlier[-1].folder.name) + 1 if earlier else 1
+    return Job(site.jobs_folder / name / str(number)), f"lwz-{name}-{number}"
 
 
 def dry_run(notebook, output, parameters: dict, profile: str | None) -> str:
     """The batch script of a job, after all the checks that need no Slurm. Raises ClusterError or RecipeError."""
-    nb = papermill.execute_notebook(notebook, None, parameters, prepare_only=True)
-    site, name = load_profile(profile), name_of(os.path.abspath(output))
-    checked(nb, site)
-    number = len(jobs_of(site.jobs_folder, name)) + 1
-    return batch_script(site, site.jobs_folder / name / str(number), f"lwz-{name}-{number}")
-
-
-def _follow(mirror: "Mirror", watch: Watch, patience_s: float = float("inf")) -> End | None:
-    started = time.monotonic()
-    while not (end := watch.end()) and time.monotonic() - started < patience_s:
-        mirror.copy()
-        time.sleep(_LOOK_S)
-    mirror.copy()
-    return end
+    nb, site = papermill.execute_notebook(notebook, None, parameters, prepare_only=True), load_profile(profile)
+    checked_parameters(nb, site)
+    job, name = _next_job(site, os.path.abspath(output))
+    return batch_script(site, job.folder, name)
 
 
 class Mirror:
-    """Copies what the job has done into papermill's notebook: outputs, times, progress."""
+    """Copies what the job has done into papermill's notebook: outputs, times, progress. `client` logs what cells print."""
 
-    def __init__(self, nb_man, job: Job, log_output: bool, files: dict):
-        self.nb_man, self.job, self.log_output, self.files = nb_man, job, log_output, files
+    def __init__(self, nb_man, job: Job, client: PapermillNotebookClient):
+        self.nb_man, self.job, self.client = nb_man, job, client
         self.path, self.version = job.folder / "live.ipynb", 0
         self.shown: dict[tuple, int] = {}  # characters of a cell's stream that were passed on
+
+    def follow(self, patience_s: float = float("inf")) -> End | None:
+        """Copy until the job has ended; how it did, or None after `patience_s` s."""
+        deadline = time.monotonic() + patience_s
+        for end in watch(self.job, self.tell):
+            self.copy()
+            if end or time.monotonic() > deadline:
+                return end
+            time.sleep(_LOOK_S)
+        return None
 
     def tell(self, text: str) -> None:
         """Log a line, and show it beside papermill's progress bar."""
@@ -235,16 +231,14 @@ class Mirror:
         self.nb_man.save()
 
     def _pass_on(self, index: int, cell) -> None:
-        for stream, level in (("stdout", logger.info), ("stderr", logger.warning)):
+        """Log what a cell has printed since the last look."""
+        for stream in ("stdout", "stderr"):
             text = "".join(out.text for out in cell.outputs if out.output_type == "stream" and out.name == stream)
             start = self.shown.get((index, stream), 0)
             new = text[start if start <= len(text) else 0 :]  # a cell may clear its output, and a job may start again
             self.shown[index, stream] = len(text)
-            if new and self.log_output:
-                level(new)
-            if new and self.files[stream]:
-                self.files[stream].write(new)
-                self.files[stream].flush()
+            if new:
+                self.client.log_output_message(nbformat.v4.new_output("stream", name=stream, text=new))
 
     def fail(self, end: End) -> None:
         """Put the end of the job into the cell where it stopped; papermill raises from there, and leaves the rest pending."""
@@ -253,6 +247,6 @@ class Mirror:
         tail = self.job.log_tail()
         lines = [f"{end.name}: {end.message}", *([f"the end of {self.job.log}:", *tail] if tail else [])]
         error = nbformat.v4.new_output("error", ename=end.name, evalue=end.message, traceback=lines)
-        kept = [out for out in cell.outputs if out.output_type != "error"]
-        cell.outputs = [*kept, error, *(out for out in cell.outputs if out.output_type == "error")]
+        # The job's error comes after what the cell printed and before the cell's own: papermill raises from the first.
+        cell.outputs = sorted([error, *cell.outputs], key=lambda output: output.output_type == "error")
         self.nb_man.cell_exception(cell, cell_index=index)

@@ -25,24 +25,25 @@ from nbclient.exceptions import CellExecutionError  # noqa: E402
 from papermill.engines import NBClientEngine  # noqa: E402
 
 from lwzlib.base.rows import write_atomic  # noqa: E402
-from lwzlib.cluster.jobs import FINAL  # noqa: E402
+from lwzlib.cluster.jobs import FINAL, Job  # noqa: E402
+from lwzlib.cluster.profile import run_command  # noqa: E402
 
 _ANSWER_S = 60  # a node that does not start a command within it is lost
 _SAVE_S = 1.0
-_stopped: list[int] = []  # the signal that said so
+_stop_signals: list[int] = []  # those that came before the time limit
 
 
 class Head(NBClientEngine):
-    """papermill's own; it stops between two cells too, and a kernel that died leaves its cell failed, not completed.
+    """papermill's own engine, which here stops between two cells too, and marks the cell of a kernel that died as failed.
 
     `live` is written whole, at most a second after an output came: papermill's own autosave waits for the output after it."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, live=None, **options):
-        """papermill's, with `nb_man` saving into `live`. Raises what stopped it, when its cell says so."""
-        start, now = nb_man.cell_start, [nb_man.nb.cells[0], 0]
+        """Execute the notebook, saving it into `live`. Raises what stopped it, once its cell says so."""
+        start_cell, current = nb_man.cell_start, (nb_man.nb.cells[0], 0)
 
-        def save(*_, **more):
+        def save(*_, **__):
             signal.setitimer(signal.ITIMER_REAL, 0)
             write_atomic(live, nbformat.writes(nb_man.nb))
 
@@ -50,114 +51,109 @@ class Head(NBClientEngine):
             if not signal.getitimer(signal.ITIMER_REAL)[0]:
                 signal.setitimer(signal.ITIMER_REAL, _SAVE_S)
 
-        def cell_start(cell, cell_index=None, **more):
-            now[:] = [cell, cell_index]
-            if _stopped:
+        def start_unless_stopped(cell, cell_index=None, **more):
+            nonlocal current
+            current = cell, cell_index
+            if _stop_signals:
                 raise CellExecutionError("", "Stopped", "the time limit is near")
-            return start(cell, cell_index, **more)
+            return start_cell(cell, cell_index, **more)
 
-        nb_man.cell_start, nb_man.save, nb_man.autosave_cell = cell_start, save, save_soon
+        nb_man.cell_start, nb_man.save, nb_man.autosave_cell = start_unless_stopped, save, save_soon
         signal.signal(signal.SIGALRM, save)
         try:
             return super().execute_managed_notebook(nb_man, kernel_name, **options)
         except Exception:
-            nb_man.cell_exception(now[0], cell_index=now[1])
+            nb_man.cell_exception(current[0], cell_index=current[1])
             raise
 
 
-class State:
-    """The job's own account of itself, kept over requeues."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / "state.json"
-        self.now = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def say(self, state: str, **more) -> None:
-        """Write `state`, the time and `more` into `state.json`, beside what it held."""
-        self.now |= {"state": state, "at": time.time()} | more
-        write_atomic(self.path, json.dumps(self.now, indent=1))
+def report(folder: Path, state: str, **more) -> None:
+    """Write `state`, the time and `more` into `state.json`, beside what it held, also before a requeue."""
+    content = Job(folder).report | {"state": state, "at": time.time()} | more
+    write_atomic(folder / "state.json", json.dumps(content, indent=1))
 
 
 def main(folder: Path) -> int:
-    """Run the notebook of the job in `folder` and leave what became of it in `state.json`."""
-    asked, state = json.loads((folder / "job.json").read_text()), State(folder)
-    if state.now.get("state") in FINAL:
+    """Run the notebook of the job in `folder` and leave what became of it in `state.json`; the exit code."""
+    record = Job(folder).record
+    if Job(folder).report.get("state") in FINAL:
         return 0  # a node was lost after the end, and Slurm started the job again
-    restarts, allowed = int(os.environ.get("SLURM_RESTART_COUNT", "0")), asked["profile"]["requeues"]
-    state.say("running", job_id=os.environ["SLURM_JOB_ID"], node=socket.gethostname(), restarts=restarts, why="",
-              nodes=os.environ["SLURM_JOB_NODELIST"], pid=os.getpid())
+    restarts, allowed = int(os.environ.get("SLURM_RESTART_COUNT", "0")), record["profile"]["requeues"]
+    report(folder, "running", job_id=os.environ["SLURM_JOB_ID"], node=socket.gethostname(), restarts=restarts, why="",
+           nodes=os.environ["SLURM_JOB_NODELIST"], pid=os.getpid())
     if restarts > allowed:
-        state.say("node lost", why=f"the job was started again {allowed} times already (requeues = {allowed})")
+        report(folder, "node lost", why=f"the job was started again {allowed} times already (requeues = {allowed})")
         return 1
     signal.signal(signal.SIGUSR2, _interrupt)
-    if cannot := _lost_node():
-        print(f"srun does not reach every node; a failing cell will not be taken for a lost node: {cannot}", flush=True)
+    if why := _lost_node():
+        print(f"srun does not reach every node; a failing cell will not be taken for a lost node: {why}", flush=True)
     try:
-        return _execute(folder, asked, state, restarts < allowed, not cannot)
+        return _execute(folder, record, may_requeue=restarts < allowed, nodes_answer=not why)
     finally:
-        _clean(asked["profile"]["scratch"])
+        _remove_scratch(record["profile"]["scratch"])
 
 
-def _execute(folder: Path, asked: dict, state: State, again: bool, reached: bool) -> int:
-    os.chdir(asked["cwd"])
+def _execute(folder: Path, record: dict, may_requeue: bool, nodes_answer: bool) -> int:
+    os.chdir(record["cwd"])
     notebook = nbformat.read(folder / "input.ipynb", 4)
     try:
-        notebook = Head.execute_notebook(notebook, asked["kernel"], progress_bar=False, live=folder / "live.ipynb",
-                                         **asked["options"])
+        notebook = Head.execute_notebook(notebook, record["kernel"], progress_bar=False, live=folder / "live.ipynb",
+                                         **record["options"])
     except Exception as error:
-        if not _stopped:
-            state.say("running", why=str(error).strip())  # the kernel died: Slurm may know why
+        if not _stop_signals:
+            report(folder, "running", why=str(error).strip())  # the kernel died: Slurm may know why
             raise
     failed = any(cell.metadata.papermill.exception for cell in notebook.cells)
-    if _stopped:
-        return _again(state, again, "timed out")
-    if failed and reached and (why := _lost_node()):
-        return _again(state, again, "node lost", why)
-    state.say("failed" if failed else "finished")
+    if _stop_signals:
+        return _requeue(folder, may_requeue, "timed out")
+    if failed and nodes_answer and (why := _lost_node()):
+        return _requeue(folder, may_requeue, "node lost", why)
+    report(folder, "failed" if failed else "finished")
     return int(failed)
 
 
 def _interrupt(number, frame):
-    if not _stopped:  # a second Ctrl-C would cut short the writing of the checkpoint
+    if not _stop_signals:  # a second Ctrl-C would cut short the writing of the checkpoint
         for kernel in psutil.Process().children():
             kernel.send_signal(signal.SIGINT)
-    _stopped.append(number)
+    _stop_signals.append(number)
+
+
+def _on_each_node(*command: str) -> str:
+    """Start a command on each node; why that failed, or ""."""
+    nodes = os.environ["SLURM_JOB_NUM_NODES"]
+    try:
+        answer = run_command("srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
+                             "--cpus-per-task=1", *command, timeout=_ANSWER_S)
+    except subprocess.TimeoutExpired:
+        return f"srun did not reach all of {os.environ['SLURM_JOB_NODELIST']} within {_ANSWER_S} s"
+    return answer.stderr.strip() if answer.returncode else ""
 
 
 def _lost_node() -> str:
     """Why a node of the allocation is lost; empty if each starts a command."""
-    count = os.environ["SLURM_JOB_NUM_NODES"]
-    if count == "1" or not shutil.which("srun"):
-        return ""
-    command = ["srun", "--overlap", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--cpus-per-task=1", "true"]
-    try:
-        tried = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S)
-    except subprocess.TimeoutExpired:
-        return f"srun did not reach all of {os.environ['SLURM_JOB_NODELIST']} within {_ANSWER_S} s"
-    return tried.stderr.strip() if tried.returncode else ""
+    return _on_each_node("true") if os.environ["SLURM_JOB_NUM_NODES"] != "1" and shutil.which("srun") else ""
 
 
-def _again(state: State, allowed: bool, end: str, why: str = "") -> int:
-    """Back into the queue, where it is allowed: Slurm then ends this process."""
-    if not allowed:
-        state.say(end, why=why)
-        return 1
-    state.say("requeued", why=f"{end} {why}".strip())
-    asked = subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], capture_output=True, text=True)
-    if asked.returncode:
-        state.say(end, why=f"{why}; it could not be started again: {asked.stderr.strip()}")
-        return 1
-    signal.pause()
+def _requeue(folder: Path, allowed: bool, end: str, why: str = "") -> int:
+    """Put the job back into the queue, if that is allowed: Slurm then ends this process. The exit code otherwise."""
+    if allowed:
+        report(folder, "requeued", why=f"{end} {why}".strip())
+        answer = run_command("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+        if not answer.returncode:
+            signal.pause()
+            return 1
+        why = f"{why}; it could not be started again: {answer.stderr.strip()}"
+    report(folder, end, why=why)
     return 1
 
 
-def _clean(scratch: str | None) -> None:
-    if scratch and (folder := os.environ.get("TMPDIR", "")).startswith(scratch):
-        count = os.environ["SLURM_JOB_NUM_NODES"]
+def _remove_scratch(scratch: str | None) -> None:
+    folder = os.environ.get("TMPDIR", "")
+    if scratch and folder.startswith(scratch):
         shutil.rmtree(folder, ignore_errors=True)
-        if count != "1":
-            subprocess.run(["srun", "--overlap", f"--nodes={count}", f"--ntasks={count}", "rm", "-rf", folder],
-                           timeout=_ANSWER_S, capture_output=True)
+        if os.environ["SLURM_JOB_NUM_NODES"] != "1":
+            _on_each_node("rm", "-rf", folder)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A site profile: what one cluster wants of a job, and the batch script that asks for it (submitit writes and submits it).
 
-`cluster_jobs/profiles/<name>.yaml` states a site, checked as strictly as a recipe. Which one, and what this job changes in it,
-is one string: `"generic nodes=8 time=2-00:00:00"`. It is taken from the engine's option `profile` or the variable LWZ_PROFILE;
-else `site.yaml` (yours, not committed) if there is one, else `generic`.
+`cluster_jobs/profiles/<name>.yaml` states a site, checked as strictly as a recipe. One string names the profile and what this
+job changes in it: `"generic nodes=8 time=2-00:00:00"`. It comes from the engine's option `profile` or the variable
+LWZ_PROFILE; without either, `site.yaml` (yours, not committed) is taken if there is one, else `generic`.
 """
 
 import operator
@@ -32,30 +32,30 @@ _ON_EACH_NODE = "srun --nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES
 
 
 class ClusterError(RuntimeError):
-    """A job that cannot be, or cannot be watched; the message says why and what to do."""
+    """A job that cannot run, or cannot be watched; the message says why and what to do."""
 
 
 class Profile(Section):
-    """One job on one site. Amounts are for each node."""
+    """One job on one site. Amounts are per node."""
 
     partition: str | None  # none: the site's default
     account: str | None
     qos: str | None
     nodes: Positive
     gpus_per_node: Count
-    gpu: Literal["h800", "h100", "h200", "a100"] | None  # whether the recipe fits is checked before submission; none: not
-    gres: str | None  # where the site wants gpu:h100:8 instead of a count of GPUs
+    gpu: Literal["h800", "h100", "h200", "a100"] | None  # the recipe must fit on it, before submission; none: not checked
+    gres: str | None  # where the site wants gpu:h100:8 instead of a number of GPUs
     cpus_per_node: Positive
     memory_gb_per_node: Count  # 0: all that the node has
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")]
-    stop_before_end_s: Positive  # so long before the time limit the notebook is interrupted, to write its checkpoint
+    stop_before_end_s: Positive  # the notebook is interrupted so long before the time limit, to write its checkpoint
     requeues: Count  # how often the job may start again, after its time limit or the loss of a node
     sbatch: dict[str, str | int | bool]  # further options: {constraint: h100, exclusive: true}
     modules: list[str]
     setup: list[str]  # further lines of the script, before the notebook
     environment: dict[str, str]
     container: str | None  # what stands before a command: apptainer exec --nv image.sif
-    python: str | None  # on the nodes; none: the one that submits
+    python: str | None  # on the nodes; none: the Python that submits
     scratch: str | None  # of each node: TMPDIR is made below it, and removed at the end
     cache: str | None  # models, data sets and compiled kernels, shared by all nodes
     offline: bool  # the nodes reach no model hub
@@ -78,35 +78,42 @@ class Profile(Section):
 
     @property
     def jobs_folder(self) -> Path:
-        """`jobs`, below the repository unless absolute."""
+        """Folder of all jobs: `jobs`, below the repository unless absolute."""
         return ROOT / self.jobs
+
+    def __str__(self) -> str:
+        """What the job asks for, as an error of Slurm is explained."""
+        gpus = self.gres or (f"{self.gpus_per_node} GPUs" if self.gpus_per_node else "no GPU")
+        memory = f"{self.memory_gb_per_node} GB" if self.memory_gb_per_node else "all memory"
+        return (f"partition {self.partition or 'by default'}, account {self.account or 'by default'}, {self.nodes} x "
+                f"[{gpus}, {self.cpus_per_node} CPUs, {memory}], {self.time}")
 
 
 def profile_names() -> list[str]:
-    """Of the committed profiles, and of `site`."""
+    """Names of the committed profiles, and `site` if there is one."""
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
-def load_profile(asked: str | None = None) -> Profile:
+def load_profile(choice: str | None = None) -> Profile:
     """The profile that a string names, with its changes. Raises ClusterError for an unknown name, key or value."""
     try:
-        words = shlex.split(asked or os.environ.get("LWZ_PROFILE", "") or ("site" if "site" in profile_names() else "generic"))
-        changes = parse_overrides(words[1:])
+        name, *words = shlex.split(choice or os.environ.get("LWZ_PROFILE", "")
+                                   or ("site" if "site" in profile_names() else "generic"))
+        changes = parse_overrides(words)
         if "time" in changes:  # as it was typed: YAML reads 12:00:00 in base 60
-            changes["time"] = dict(word.split("=", 1) for word in words[1:])["time"]
+            changes["time"] = dict(word.split("=", 1) for word in words)["time"]
     except (RecipeError, ValueError) as error:
-        raise ClusterError(f"profile {asked!r}: {error}") from None
-    tree = read_extending(words[0], _profile_path, "profile", ClusterError, yaml.SafeLoader, operator.or_)
-    for name, value in changes.items():
-        if "." in name and name.split(".")[0] in ("sbatch", "environment"):
-            table, key = name.split(".", 1)
-            tree[table] = tree.get(table, {}) | {key: value}
-        else:
-            tree[name] = value
+        raise ClusterError(f"profile {choice!r}: {error}") from None
+    tree = read_extending(name, _profile_path, "profile", ClusterError, yaml.SafeLoader, operator.or_)
+    for key, value in changes.items():
+        table, _, inner = key.partition(".")
+        if inner and table in ("sbatch", "environment"):
+            key, value = table, tree.get(table, {}) | {inner: value}
+        tree[key] = value
     try:
         return Profile.model_validate(tree)
     except ValidationError as error:
-        raise ClusterError(f"profile {words[0]}: " + "; ".join(map(_problem, error.errors()))) from None
+        raise ClusterError(f"profile {name}: " + "; ".join(map(_explain, error.errors()))) from None
 
 
 def _profile_path(source: str) -> Path:
@@ -117,7 +124,7 @@ def _profile_path(source: str) -> Path:
     return path
 
 
-def _problem(problem: ErrorDetails) -> str:
+def _explain(problem: ErrorDetails) -> str:
     name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"no key {name!r}{nearest_name(name, Profile.model_fields)}"
@@ -127,21 +134,16 @@ def _problem(problem: ErrorDetails) -> str:
 
 
 class _Executor(submitit.SlurmExecutor):
-    """submitit's, for a command instead of a pickled function: the script is all that the job needs, also after a requeue."""
+    """submitit's executor, for a command instead of a pickled function, so that the script alone starts the job again."""
 
     @classmethod
     def affinity(cls) -> int:
-        return 1  # a script can be shown on a machine without Slurm
-
-    def script(self, command: str) -> str:
-        return self._make_submission_file_text(command, "")
-
-    def submit_command(self, command: str) -> str:
-        return self._submit_command(command).job_id
+        """submitit refuses a machine without Slurm at 0 and below; a script can be shown there too."""
+        return 1
 
 
 def _command(profile: Profile, folder: Path) -> str:
-    """`exec`: the batch shell becomes the notebook's process, and so gets Slurm's signals."""
+    """The last line of the script. `exec`: the batch shell becomes the notebook's process, which so gets Slurm's signals."""
     python = [*shlex.split(profile.container or ""), profile.python or sys.executable]
     return shlex.join(["exec", *python, "-u", "-m", "lwzlib.cluster.in_job", str(folder)])
 
@@ -174,8 +176,16 @@ def _setup(profile: Profile) -> list[str]:
 
 
 def batch_script(profile: Profile, folder: Path, name: str) -> str:
-    """The batch script, exactly as `submit` hands it to Slurm."""
-    return _executor(profile, folder, name).script(_command(profile, folder))
+    """The batch script, exactly as `submit_job` hands it to Slurm."""
+    return _executor(profile, folder, name)._make_submission_file_text(_command(profile, folder), "")
+
+
+def submit_job(profile: Profile, folder: Path, name: str) -> str:
+    """Submit the job; its id. Raises ClusterError with Slurm's reason."""
+    try:
+        return _executor(profile, folder, name)._submit_command(_command(profile, folder)).job_id
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise ClusterError(f"Slurm refuses the job ({profile}): {error}") from None
 
 
 def check_job(profile: Profile, folder: Path, name: str) -> None:
@@ -183,37 +193,19 @@ def check_job(profile: Profile, folder: Path, name: str) -> None:
     if not shutil.which("sbatch"):
         raise ClusterError("this machine has no sbatch: start from a login node of the cluster, or leave out --engine slurm")
     try:
-        asked = subprocess.run(["sbatch", "--test-only"], input=batch_script(profile, folder, name), capture_output=True,
-                               text=True, timeout=120)
+        answer = run_command("sbatch", "--test-only", input=batch_script(profile, folder, name), timeout=120)
     except subprocess.TimeoutExpired:
         raise ClusterError("Slurm did not answer within 120 s; nothing was submitted") from None
-    if asked.returncode:
-        raise ClusterError(f"Slurm refuses the job ({_wish(profile)}): {_reason(asked.stderr)}{_unusable(profile)}. "
-                           "Nothing was submitted")
-
-
-def _reason(said: str) -> str:
-    lines = [re.sub(r"^(sbatch: )?(error: )?(allocation failure: )?", "", line) for line in said.strip().splitlines()]
-    return "; ".join(dict.fromkeys(filter(None, lines)))
-
-
-def _wish(profile: Profile) -> str:
-    gpus = profile.gres or (f"{profile.gpus_per_node} GPUs" if profile.gpus_per_node else "no GPU")
-    memory = f"{profile.memory_gb_per_node} GB" if profile.memory_gb_per_node else "all memory"
-    return (f"partition {profile.partition or 'by default'}, account {profile.account or 'by default'}, {profile.nodes} x "
-            f"[{gpus}, {profile.cpus_per_node} CPUs, {memory}], {profile.time}")
-
-
-def _unusable(profile: Profile) -> str:
-    """Nodes of the partition that cannot be used, and why."""
+    if not answer.returncode:
+        return
+    lines = [re.sub(r"^(sbatch: )?(error: )?(allocation failure: )?", "", line) for line in answer.stderr.splitlines()]
+    reasons = dict.fromkeys(filter(None, lines))  # each once
     partition = ["-p", profile.partition] if profile.partition else []
-    found = subprocess.run(["sinfo", "-h", "-R", "-o", "%N is %T (%E)", *partition], capture_output=True, text=True)
-    return "; " + "; ".join(found.stdout.strip().splitlines()[:5]) if found.returncode == 0 and found.stdout.strip() else ""
+    unusable = run_command("sinfo", "-h", "-R", "-o", "%N is %T (%E)", *partition)  # nodes, and why
+    nodes = unusable.stdout.splitlines()[:5] if not unusable.returncode else []
+    raise ClusterError(f"Slurm refuses the job ({profile}): {'; '.join([*reasons, *nodes])}. Nothing was submitted")
 
 
-def submit_job(profile: Profile, folder: Path, name: str) -> str:
-    """The job's id. Raises ClusterError with Slurm's reason."""
-    try:
-        return _executor(profile, folder, name).submit_command(_command(profile, folder))
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-        raise ClusterError(f"Slurm refuses the job ({_wish(profile)}): {error}") from None
+def run_command(*command: str, **options) -> subprocess.CompletedProcess[str]:
+    """A finished command of Slurm, with what it printed. Raises TimeoutExpired after `timeout` s."""
+    return subprocess.run(command, capture_output=True, text=True, **options)

@@ -1,24 +1,23 @@
 """How long a GRPO step of a plan takes, and what bounds it: writing, weight sync, rewards, training, and the length tail.
 
-Nothing is published on the paper's step time, so it is computed: each copy of the model decodes its completions as vLLM does
-(slots refill as completions end; a step reads all weights and all keys and values), and a training step waits for the longest
+Nothing is published on the paper's step time, so it is computed: each replica decodes its completions as vLLM does (slots
+refill as completions end; a step reads all weights and all keys and values), and a training step waits for the longest
 completion among the GPUs, because ZeRO gathers layer by layer. Lengths are quantiles of an assumed distribution. A simulated
 second is an estimate; only a run on such GPUs measures one.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import beta
 
-from lwzlib.cluster.estimate import Line, Plan, c, shape, slots
+from lwzlib.cluster.estimate import Line, Plan, constant, shape_of, slots, total
 
 _SEED = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """Seconds of a step by part, in order; `tail_s` of writing had less than half of a copy's completions running, and
+class Step(NamedTuple):
+    """Seconds of a step by part, in order; `tail_s` of writing had less than half of a replica's completions running, and
     `waiting_s` of training was spent waiting for the GPU with the longest completion."""
 
     lines: list[Line]
@@ -27,8 +26,8 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step: no part runs beside another."""
-        return sum(line.value for line in self.lines)
+        """Seconds of the whole step: no part runs beside another."""
+        return total(self.lines)
 
     @property
     def bound(self) -> Line:
@@ -36,36 +35,36 @@ class Step:
         return max(self.lines, key=lambda line: line.value)
 
 
-def lengths(p: Plan) -> np.ndarray:
+def lengths(plan: Plan) -> np.ndarray:
     """Tokens of a step's completions, in a fixed random order: quantiles of a Beta distribution on (0, max_new_tokens] with
     the plan's mean and, at half of the maximum, the spread of Beta(2, 2)."""
-    longest = p.recipe.grpo.sampling.max_new_tokens
-    share = min(0.95, p.mean_tokens / longest)
-    found = beta.ppf((np.arange(p.completions) + 0.5) / p.completions, 4 * share, 4 * (1 - share)) * longest
-    return np.random.default_rng(_SEED).permutation(np.maximum(1, np.round(found)))
+    longest = plan.recipe.grpo.sampling.max_new_tokens
+    share = min(0.95, plan.mean_tokens / longest)
+    quantiles = beta.ppf((np.arange(plan.completions) + 0.5) / plan.completions, 4 * share, 4 * (1 - share)) * longest
+    return np.random.default_rng(_SEED).permutation(np.maximum(1, np.round(quantiles)))
 
 
-def decode_s(p: Plan, running: int, context: float) -> float:
-    """Seconds of one decoding step of one copy with so many completions of a mean context: all weights, keys and values are
+def decode_s(plan: Plan, running: int, context: float) -> float:
+    """Seconds of one decoding step of one replica with so many completions of a mean context: all weights, keys and values are
     read once, or the arithmetic takes longer; and an overhead that does not depend on the model."""
-    served = p.recipe.vllm.mode != "none"
-    parallel = p.recipe.vllm.tensor_parallel if served else 1
-    read = p.model.parameters * p.dtype_bytes + running * p.model.kv_bytes(context, p.dtype_bytes)
-    reading = read / (parallel * p.gpu.bandwidth * c("decode_bandwidth_share"))
-    computing = p.model.flops(running, context, 1) / (parallel * p.gpu.flops * c("prefill_flops_share"))
-    return c("decode_overhead_s" if served else "transformers_overhead_s") + max(reading, computing)
+    served = plan.recipe.vllm.mode != "none"
+    parallel = plan.recipe.vllm.tensor_parallel if served else 1
+    read_bytes = plan.model.parameters * plan.dtype_bytes + running * plan.model.kv_bytes(context, plan.dtype_bytes)
+    reading = read_bytes / (parallel * plan.gpu.bandwidth * constant("decode_bandwidth_share"))
+    computing = plan.model.flops(running, context, 1) / (parallel * plan.gpu.flops * constant("prefill_flops_share"))
+    return constant("decode_overhead_s" if served else "transformers_overhead_s") + max(reading, computing)
 
 
-def copy_s(p: Plan, tokens: np.ndarray, places: int) -> tuple[float, float]:
-    """(seconds, of them with less than half of the places taken) until a copy has written completions of so many tokens.
+def replica_s(plan: Plan, tokens: np.ndarray, places: int) -> tuple[float, float]:
+    """(seconds, of them with less than half of the places taken) until a replica has written completions of so many tokens.
     transformers starts all at once and computes the finished ones on."""
-    refills, most = p.recipe.vllm.mode != "none", min(places, len(tokens))
+    refills, most = plan.recipe.vllm.mode != "none", min(places, len(tokens))
     queue, seconds, tail = list(tokens[most:]), 0.0, 0.0
     left, written = np.array(tokens[:most], float), np.zeros(most)
     while len(left):
-        steps = left.min()
+        steps = left.min()  # until the next completion ends
         running = len(left) if refills else most
-        took = steps * decode_s(p, running, c("prompt_tokens") + written.mean() + steps / 2)
+        took = steps * decode_s(plan, running, constant("prompt_tokens") + written.mean() + steps / 2)
         seconds, tail = seconds + took, tail + took * (len(left) < most / 2)
         left, written = left - steps, written + steps
         left, written = left[left > 0], written[left > 0]
@@ -74,66 +73,72 @@ def copy_s(p: Plan, tokens: np.ndarray, places: int) -> tuple[float, float]:
     return seconds, tail
 
 
-def writing_s(p: Plan, tokens: np.ndarray) -> tuple[float, float]:
-    """Of the copy that takes longest."""
-    return max(copy_s(p, part, max(1, slots(p))) for part in np.array_split(tokens, p.copies))
+def writing_s(plan: Plan, tokens: np.ndarray) -> tuple[float, float]:
+    """`replica_s` of the replica that takes longest."""
+    return max(replica_s(plan, part, max(1, slots(plan))) for part in np.array_split(tokens, plan.replicas))
 
 
-def _network(p: Plan) -> float:
+def _network(plan: Plan) -> float:
     """Bytes a second that reach a GPU from the others."""
-    return (c("network_gbs") if p.nodes[0] > 1 else c("nvlink_gbs")) * 1e9
+    return constant("network_gbs" if plan.nodes[0] > 1 else "nvlink_gbs") * 1e9
 
 
-def micro_s(p: Plan, tokens: float, passes: int) -> float:
+def micro_s(plan: Plan, tokens: float, passes: int) -> float:
     """Seconds of `passes` forward passes (a backward pass is two) over a micro-batch on one GPU; communication runs beside
     the arithmetic, and the slower of the two counts."""
-    r, w = p.recipe, p.dtype_bytes
-    context = c("prompt_tokens") + tokens
-    computing = p.model.flops(r.grpo.micro_batch_completions * context, context / 2, passes) / (
-        p.gpu.flops * c("train_flops_share"))
-    network = _network(p)
-    if r.distributed.zero == 3:  # weights are gathered forward and backward, gradients scattered (arXiv 1910.02054, section 7)
-        return max(computing, (3 if passes > 1 else 1) * p.model.parameters * w / network)
-    return max(computing, p.trained * w / network if r.distributed.zero == 2 and passes > 1 else 0)
+    context, zero = constant("prompt_tokens") + tokens, plan.recipe.distributed.zero
+    operations = plan.model.flops(plan.recipe.grpo.micro_batch_completions * context, context / 2, passes)
+    sent = 0.0  # parameters of which each GPU gets or sends its bytes
+    if zero == 3:  # weights are gathered forward and backward, gradients scattered (arXiv 1910.02054, section 7)
+        sent = (3 if passes > 1 else 1) * plan.model.parameters
+    elif zero == 2 and passes > 1:
+        sent = plan.trained
+    return max(operations / (plan.gpu.flops * constant("train_flops_share")), sent * plan.dtype_bytes / _network(plan))
 
 
-def training_s(p: Plan, tokens: np.ndarray, passes: int) -> tuple[float, float]:
+def training_s(plan: Plan, tokens: np.ndarray, passes: int) -> tuple[float, float]:
     """(seconds, of them waiting) of a step's micro-batches: each lasts as long as the longest of its GPUs."""
-    micro = p.recipe.grpo.micro_batch_completions
-    longest = tokens.reshape(-1, micro).max(1) if micro > 1 else tokens
-    rows = longest.reshape(-1, p.training_gpus)
-    seconds = sum(micro_s(p, row.max(), passes) for row in rows)
-    return seconds, seconds - float(sum(np.mean([micro_s(p, each, passes) for each in row]) for row in rows))
+    longest = tokens.reshape(-1, plan.recipe.grpo.micro_batch_completions).max(1)
+    rounds = longest.reshape(-1, plan.training_gpus)
+    seconds = sum(micro_s(plan, gpus.max(), passes) for gpus in rounds)
+    return seconds, seconds - sum(micro_s(plan, longest, passes) for longest in rounds.flat) / plan.training_gpus
 
 
-def simulate_step(p: Plan) -> Step:
+def scoring(plan: Plan, tokens: np.ndarray) -> Line:
+    """Seconds of the Writing RM: its arithmetic, or, sharded by ZeRO-3 beside the policy, the gathering of its weights."""
+    recipe, judge, a_gpu = plan.recipe, shape_of(plan.recipe.writing_rm.model), plan.completions / plan.training_gpus
+    gpus = constant("rm_gpus") if recipe.reward.writing.url else plan.training_gpus
+    billions = f"{judge.parameters / 1e9:.1f}e9 parameters"
+    seconds = judge.flops(tokens.sum(), tokens.mean() / 2, 1) / (gpus * plan.gpu.flops * constant("prefill_flops_share"))
+    gathering = a_gpu * judge.parameters * plan.dtype_bytes / _network(plan)
+    if recipe.distributed.zero == 3 and not recipe.reward.writing.url and gathering > seconds:
+        return Line("Writing RM", gathering, f"{a_gpu:.0f} texts a GPU, {billions} gathered for each")
+    return Line("Writing RM", seconds, f"{tokens.sum() / 1e6:.1f}e6 tokens through {billions} on {gpus:.0f} GPUs")
+
+
+def simulate_step(plan: Plan) -> Step:
     """The parts of a step, one after the other as TRL does them."""
-    r, tokens, model = p.recipe, lengths(p), p.model
-    served, passes = r.vllm.mode != "none", 4 if r.grpo.gradient_checkpointing else 3
-    write, tail = writing_s(p, tokens)
-    lines = [("writing", write, f"{p.completions} completions of {tokens.mean():.0f} tokens (longest {tokens.max():.0f}) on "
-              f"{p.copies} {'copy' if p.copies == 1 else 'copies'}, up to {max(1, slots(p))} at once each; the slowest copy")]
-    if served:
-        size = model.parameters * p.dtype_bytes
-        speed = c("sync_gbs") if r.vllm.mode == "server" or r.distributed.zero == 3 else c("nvlink_gbs")
-        lines.append(("weight sync", size / speed / 1e9, f"{size / 1e9:.1f} GB / {speed:.0f} GB/s"))
-    words = tokens.mean() * c("words_token")
-    each = p.completions / p.training_gpus
-    lines.append(("format and length reward", each * words * c("format_us_word") / 1e6,
-                  f"{each:.0f} completions a GPU x {words:.0f} words x {c('format_us_word')} us; without the sentence encoder"))
-    if r.reward.weights.writing:
-        judge, on = shape(r.writing_rm.model), c("rm_gpus") if r.reward.writing.url else p.training_gpus
-        scored = judge.flops(tokens.sum(), tokens.mean() / 2, 1) / (on * p.gpu.flops * c("prefill_flops_share"))
-        how = f"{tokens.sum() / 1e6:.1f}e6 tokens through {judge.parameters / 1e9:.1f}e9 parameters on {on:.0f} GPUs"
-        gathered = each * judge.parameters * p.dtype_bytes / _network(p)
-        if r.distributed.zero == 3 and not r.reward.writing.url and gathered > scored:
-            scored, how = gathered, f"{each:.0f} texts a GPU, {judge.parameters / 1e9:.1f}e9 parameters gathered for each"
-        lines.append(("Writing RM", scored, how))
+    recipe, tokens = plan.recipe, lengths(plan)
+    served, passes = recipe.vllm.mode != "none", 4 if recipe.grpo.gradient_checkpointing else 3
+    seconds, tail = writing_s(plan, tokens)
     waiting = 0.0
+    replicas = "1 replica" if plan.replicas == 1 else f"{plan.replicas} replicas"
+    lines = [Line("writing", seconds, f"{plan.completions} completions of {tokens.mean():.0f} tokens (longest "
+                  f"{tokens.max():.0f}) on {replicas}, up to {max(1, slots(plan))} at once each; the slowest replica")]
     if served:
-        before, waiting = training_s(p, tokens, 1)
-        lines.append(("log-probabilities", before, "a forward pass: TRL corrects for vLLM's other numerics"))
-    seconds, more = training_s(p, tokens, passes)
-    lines.append(("training", seconds, f"{passes} passes over {p.completions // p.training_gpus} completions a GPU, "
-                  f"{p.training_gpus} GPUs; each micro-batch waits for its longest"))
-    return Step([Line("a step", name, value, "s", how) for name, value, how in lines], tail, waiting + more)
+        size = plan.model.parameters * plan.dtype_bytes / 1e9
+        speed = constant("sync_gbs" if recipe.vllm.mode == "server" or recipe.distributed.zero == 3 else "nvlink_gbs")
+        lines.append(Line("weight sync", size / speed, f"{size:.1f} GB / {speed:.0f} GB/s"))
+    words, a_gpu = tokens.mean() * constant("words_token"), plan.completions / plan.training_gpus
+    lines.append(Line("format and length reward", a_gpu * words * constant("format_us_word") / 1e6,
+                      f"{a_gpu:.0f} completions a GPU x {words:.0f} words x {constant('format_us_word')} us; without the "
+                      "sentence encoder"))
+    if recipe.reward.weights.writing:
+        lines.append(scoring(plan, tokens))
+    if served:
+        seconds, waiting = training_s(plan, tokens, 1)
+        lines.append(Line("log-probabilities", seconds, "a forward pass: TRL corrects for vLLM's other numerics"))
+    seconds, more = training_s(plan, tokens, passes)
+    lines.append(Line("training", seconds, f"{passes} passes over {a_gpu:.0f} completions a GPU, {plan.training_gpus} GPUs; "
+                      "each micro-batch waits for its longest"))
+    return Step(lines, tail, waiting + more)

@@ -51,7 +51,7 @@ def test_the_notebook_runs_over_two_nodes_and_comes_back_while_it_runs(site, tmp
     assert int(printed(cells[-1]).splitlines()[1].split()[0]) >= 3 and "nice -n 3" in printed(cells[-1])
     assert sorted(printed(cells[-1]).split()[7:]) == ["0:", "1:", "node1", "node2"]
     assert set(statuses(cells)) == {"completed"} and cells[-1].execution_count == 4
-    assert site.jobs()[0].said["state"] == "finished"
+    assert site.jobs()[0].report["state"] == "finished"
 
 
 def test_a_failing_cell_fails_with_its_traceback_and_the_rest_stays_pending(site):
@@ -101,7 +101,7 @@ def abandoned(site, seconds):
 
 def test_a_result_that_nobody_saw_is_given_to_the_next_client(site):
     notebook, job = abandoned(site, 1)
-    until(lambda: job.said["state"] == "finished", "the end", 60)
+    until(lambda: job.report["state"] == "finished", "the end", 60)
     site.run(notebook)
     assert printed(site.cells()[1]) == "made once\n" and len(site.jobs()) == 1
 

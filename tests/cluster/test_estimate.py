@@ -15,9 +15,9 @@ from lwzlib.base.kit import TINY
 from lwzlib.base.models import load_model
 from lwzlib.base.recipe import RecipeError
 from lwzlib.base.rows import RunError
-from lwzlib.cluster.estimate import GIB, GPUS, SHAPES, Shape, assuming, c, problems, shape, training_memory
+from lwzlib.cluster.estimate import GIB, GPUS, SHAPES, Shape, assuming, constant, problems, shape_of, training_memory
 from lwzlib.cluster.plan_pages import pages, planned
-from lwzlib.cluster.step_time import copy_s, decode_s, lengths, simulate_step
+from lwzlib.cluster.step_time import decode_s, lengths, replica_s, simulate_step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +37,7 @@ def test_a_folders_shape_and_adapter_have_the_parameters_of_the_loaded_model(smo
     from peft import LoraConfig, get_peft_model
 
     model, _ = load_model(TINY, "float32", "sdpa")
-    assert shape(TINY).parameters == model.num_parameters()
+    assert shape_of(TINY).parameters == model.num_parameters()
     for targets in ("all-linear", ["q_proj", "down_proj"]):
         asked = f"grpo.lora={{rank: 3, alpha: 8, targets: {json.dumps(targets)}}}"
         p = planned("smoke", ["grpo.lora.rank=3", f"grpo.lora.targets={json.dumps(targets)}"])
@@ -91,7 +91,7 @@ def test_training_arithmetic_is_that_of_llama_3():
 def test_training_time_is_near_that_of_llama_2(layers, hidden, heads, kv, inner, hours):
     """arXiv 2307.09288, Table 2: GPU-hours on A100 for 2e12 tokens. The share of peak assumed here is on the slow side."""
     llama = Shape(layers, hidden, heads, kv, inner, 32000, False, False)
-    found = llama.flops(2e12, 2048, 3) / (GPUS["a100"].flops * c("train_flops_share")) / 3600
+    found = llama.flops(2e12, 2048, 3) / (GPUS["a100"].flops * constant("train_flops_share")) / 3600
     assert hours < found < 1.3 * hours
 
 
@@ -150,10 +150,10 @@ def test_a_batch_that_cannot_be_cut_is_refused():
 
 
 def token_by_token(p, tokens, places):
-    """The same copy, one decoding step after the other."""
+    """The same replica, one decoding step after the other."""
     queue, running, seconds = list(tokens[places:]), [[int(t), 0] for t in tokens[:places]], 0.0
     while running:
-        seconds += decode_s(p, len(running), c("prompt_tokens") + np.mean([at for _, at in running]) + 0.5)
+        seconds += decode_s(p, len(running), constant("prompt_tokens") + np.mean([at for _, at in running]) + 0.5)
         running = [[left - 1, at + 1] for left, at in running if left > 1]
         while queue and len(running) < places:
             running.append([int(queue.pop()), 0])
@@ -165,11 +165,11 @@ PAPER = planned("paper")
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.integers(1, 12))
-def test_a_copy_takes_as_long_as_token_by_token(tokens, places):
-    seconds, tail = copy_s(PAPER, np.array(tokens, float), places)
+def test_a_replica_takes_as_long_as_token_by_token(tokens, places):
+    seconds, tail = replica_s(PAPER, np.array(tokens, float), places)
     assert seconds == pytest.approx(token_by_token(PAPER, tokens, places), rel=1e-3)
     assert 0 <= tail < seconds
-    assert seconds >= max(tokens) * decode_s(PAPER, 1, c("prompt_tokens"))
+    assert seconds >= max(tokens) * decode_s(PAPER, 1, constant("prompt_tokens"))
 
 
 @settings(max_examples=30, deadline=None)
@@ -191,11 +191,11 @@ def test_a_step_grows_with_the_completions_and_waits_no_longer_than_it_trains():
 
 
 def test_what_if_lasts_as_long_as_its_block():
-    before = c("rm_gpus")
+    before = constant("rm_gpus")
     with pytest.raises(KeyError), assuming(rm_gpus=16):
-        assert c("rm_gpus") == 16
+        assert constant("rm_gpus") == 16
         raise KeyError
-    assert c("rm_gpus") == before
+    assert constant("rm_gpus") == before
 
 
 @pytest.mark.parametrize("file", pages())

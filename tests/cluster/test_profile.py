@@ -113,7 +113,7 @@ def test_a_recipe_that_the_job_cannot_hold_is_refused_before_it_is_submitted(pro
     nb = papermill.execute_notebook(ROOT / "notebooks" / "05_train_grpo.ipynb", None, prepare_only=True,
                                     parameters={"recipe": "paper", "overrides": overrides})
     with pytest.raises(ClusterError, match=reason):
-        engine.checked(nb, load_profile(profile))
+        engine.checked_parameters(nb, load_profile(profile))
     fits = papermill.execute_notebook(ROOT / "notebooks" / "05_train_grpo.ipynb", None, prepare_only=True,
                                       parameters={"recipe": "paper"})
-    assert engine.checked(fits, load_profile("generic nodes=8"))["recipe"] == "paper"
+    assert engine.checked_parameters(fits, load_profile("generic nodes=8"))["recipe"] == "paper"

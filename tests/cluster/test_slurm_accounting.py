@@ -27,7 +27,7 @@ def remembered(job) -> str:
 
 @pytest.mark.parametrize(("done_to", "state", "error"), [
     (lambda job: subprocess.run(["scancel", job.record["job_id"]], check=True), "CANCELLED", "JobCancelled"),
-    (lambda job: os.kill(job.said["pid"], signal.SIGKILL), "FAILED", "JobKilled")], ids=["cancelled", "killed"])
+    (lambda job: os.kill(job.report["pid"], signal.SIGKILL), "FAILED", "JobKilled")], ids=["cancelled", "killed"])
 def test_the_end_of_a_forgotten_job_is_told_by_accounting(cluster, tmp_path, done_to, state, error):
     site = Site(tmp_path, poll_s=20)  # it asks again only after the controller has forgotten
     started = site.started(site.notebook("import time\nprint('here', flush=True)\ntime.sleep(600)"))

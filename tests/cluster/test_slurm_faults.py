@@ -41,7 +41,7 @@ def shown(site):
 
 
 def head_of(job):
-    return psutil.Process(job.said["pid"])
+    return psutil.Process(job.report["pid"])
 
 
 def waiting(site):
@@ -98,7 +98,7 @@ def test_before_the_time_limit_the_cell_is_interrupted_and_the_job_starts_again(
     else:
         done = started.result(120)
         first = int(printed(done.cells[1]).split()[2])
-        assert 0 < first < 150 and printed(done.cells[2]) == "the last cell\n" and job.said["restarts"] == 1
+        assert 0 < first < 150 and printed(done.cells[2]) == "the last cell\n" and job.report["restarts"] == 1
         assert (tmp_path / "steps").read_text().split() == [str(step) for step in range(150)]
 
 
@@ -111,11 +111,11 @@ def test_the_loss_of_the_first_node_starts_the_job_again_and_it_goes_on(site, cl
     notebook = site.notebook(STEPS.format(path=str(tmp_path / "steps"), steps=60, pause=0.1))
     started = site.started(notebook)
     job = waiting(site)
-    lost = job.said["node"]
+    lost = job.report["node"]
     cluster.crash(lost)
     done = started.result(150)
     cluster.boot(lost)
-    assert 0 < int(printed(done.cells[1]).split()[2]) <= 60 and job.said["node"] != lost
+    assert 0 < int(printed(done.cells[1]).split()[2]) <= 60 and job.report["node"] != lost
     assert (tmp_path / "steps").read_text().split() == [str(step) for step in range(60)]
 
 
@@ -136,7 +136,7 @@ def test_the_loss_of_another_node_is_told_from_an_error_of_the_cell(site, cluste
         assert shown(site).startswith("pending")
     finally:
         cluster.boot("node2")
-    assert printed(started.result(150).cells[1]).startswith("from step 3") and job.said["restarts"] == 1
+    assert printed(started.result(150).cells[1]).startswith("from step 3") and job.report["restarts"] == 1
 
 
 def test_a_restarted_controller_costs_nothing(site, cluster):
@@ -151,6 +151,6 @@ def test_a_restarted_controller_costs_nothing(site, cluster):
 def test_a_job_that_slurm_forgot_without_a_result_is_lost(site, cluster):
     started = site.started(site.notebook(WAITS))
     job = waiting(site)
-    cluster.forget(lambda: os.kill(job.said["pid"], signal.SIGKILL))
+    cluster.forget(lambda: os.kill(job.report["pid"], signal.SIGKILL))
     error = error_of(started, 120)
     assert error.ename == "JobLost" and shown(site) == "unknown"

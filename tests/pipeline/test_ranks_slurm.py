@@ -76,7 +76,7 @@ def test_the_engine_sends_notebook_05_to_two_nodes_and_they_learn_what_one_proce
     same(run, alone)
     logs = [(run.folder / "logs" / f"rank-{rank:03}.log").read_text() for rank in range(2)]
     assert "step 4/4" in logs[0] and "step 4/4" not in logs[1]
-    assert len(site.jobs()) == 1 and site.jobs()[0].said["state"] == "finished"
+    assert len(site.jobs()) == 1 and site.jobs()[0].report["state"] == "finished"
 
 
 def test_a_rank_that_dies_on_another_node_ends_the_job_and_is_named(smoke, slurm, tmp_path):
