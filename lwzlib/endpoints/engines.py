@@ -24,12 +24,12 @@ from lwzlib.base.quantities import Decoding
 from lwzlib.base.rows import RunError, append_rows, locked, read_rows, write_rows
 from lwzlib.endpoints import llm
 from lwzlib.method.prompts import Framed, as_text
-from lwzlib.method.sampling import counted
+from lwzlib.method.sampling import completions
 
 _CUT = {"length", "content_filter", "abort"}  # finish reasons of a completion that did not end by itself
 
 
-class Asked(NamedTuple):
+class QueryPrompt(NamedTuple):
     """A prompt to complete; `id` and `query` go into its row as they are, and `id` must be unique in a call."""
 
     id: str
@@ -51,9 +51,10 @@ class Engine(NamedTuple):
 
     identity: dict  # what, beside prompt, decoding and seed, a completion depends on
     write: Callable[[list[Framed], Decoding, int, int], Iterator[tuple[int, Output]]]
+    title: str = ""  # of a line of progress; none for an engine that tells its own
 
 
-def generate(engine: Engine, asked: list[Asked], decoding: Decoding, out: Path, seed: int = 0) -> list[dict]:
+def generate(engine: Engine, prompts: list[QueryPrompt], decoding: Decoding, out: Path, seed: int = 0) -> list[dict]:
     """A row for each prompt, in order, in the JSONL file `out`; what stands there already is not written again. For several
     completions of a prompt call it with several seeds, each with its file.
 
@@ -61,22 +62,23 @@ def generate(engine: Engine, asked: list[Asked], decoding: Decoding, out: Path, 
     why a server refused this prompt; its completion is empty. Raises RunError if `out` holds completions of another engine,
     decoding, seed or prompt, ModelError and LLMError as the engines do.
     """
-    if len({each.id for each in asked}) < len(asked):
+    if len({prompt.id for prompt in prompts}) < len(prompts):
         raise RunError(f"{out}: ids must be unique; give each prompt its own")
-    keys = [_key(engine.identity, each.prompt, decoding, seed) for each in asked]
+    keys = [_key(engine.identity, prompt.prompt, decoding, seed) for prompt in prompts]
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(f".{out.name}.lock")):
         rows = read_rows(out)
-        for number, (row, each, key) in enumerate(zip(rows, asked, keys, strict=False), 1):
-            if (row["id"], row["key"]) != (each.id, key):
+        for number, (row, prompt, key) in enumerate(zip(rows, prompts, keys, strict=False), 1):
+            if (row["id"], row["key"]) != (prompt.id, key):
                 raise RunError(f"{out}, row {number}: {row['id']} was written by another engine, decoding, seed or prompt than "
-                               f"{each.id} asks for now. Choose another file, or remove that one")
-        if len(rows) >= len(asked):
-            return rows[: len(asked)]
+                               f"{prompt.id} asks for now. Choose another file, or remove that one")
+        if len(rows) >= len(prompts):
+            return rows[: len(prompts)]
         write_rows(out, rows)  # without a line that a kill cut short
-        for i, output in engine.write([each.prompt for each in asked], decoding, seed, len(rows)):
+        outputs = engine.write([prompt.prompt for prompt in prompts], decoding, seed, len(rows))
+        for i, output in _paced(outputs, engine.title, len(prompts)):
             if i >= len(rows):
-                rows.append(_row(asked[i], output, decoding.stop, keys[i]))
+                rows.append(_row(prompts[i], output, decoding.stop, keys[i]))
                 append_rows(out, rows[-1:])
     return rows
 
@@ -86,18 +88,17 @@ def transformers(name: str, dtype: str, attention: str, batch: int, trust_remote
     def write(prompts, decoding, seed, first):
         model, tokenizer = load_model(name, dtype, attention, trust_remote_code)
         texts = [as_text(prompt, tokenizer) for prompt in prompts]
-        for i, text, truncated, tokens in counted(model, tokenizer, texts, decoding, batch, seed, decoding.stop, first):
+        written = completions(model, tokenizer, texts, decoding, batch, seed, decoding.stop, first)
+        for i, text, truncated, tokens in written:
             yield i, Output(text, "length" if truncated else "stop", tokens)
 
     identity = {"engine": "transformers", "model": name, "dtype": dtype, "attention": attention, "batch": batch}
-    return Engine(identity, lambda prompts, decoding, seed, first: _paced(
-        write(prompts, decoding, seed, first), name, len(prompts)))
+    return Engine(identity, write, name)
 
 
 def vllm(name: str, batch: int = 256, trust_remote_code: bool = False, **config) -> Engine:
-    """The same in vLLM, which schedules by itself; rows are saved every `batch` completions. `config` goes into `vllm.LLM`:
-    dtype, tensor_parallel_size, max_model_len, gpu_memory_utilization, ... Raises ModelError where vLLM is not installed.
-    """
+    """The model `name` in vLLM, which schedules by itself; rows are saved every `batch` completions. `config` goes into
+    `vllm.LLM`: dtype, tensor_parallel_size, max_model_len, ... Raises ModelError where vLLM is not installed."""
     def write(prompts, decoding, seed, first):
         try:
             from vllm import LLM, SamplingParams
@@ -105,18 +106,17 @@ def vllm(name: str, batch: int = 256, trust_remote_code: bool = False, **config)
             raise ModelError(f"this engine needs vLLM (the extra `gpu`, see environment.yml): {error}") from error
         tokenizer = load_tokenizer(name, trust_remote_code)
         model = LLM(model=models.resolve(name), trust_remote_code=trust_remote_code, seed=seed, **config)
+        sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k,
+                    "max_tokens": decoding.max_new_tokens, "stop": decoding.stop, "include_stop_str_in_output": True}
         for start in range(first, len(prompts), batch):
-            chunk = [{"prompt_token_ids": tokenizer(as_text(prompt, tokenizer), add_special_tokens=False).input_ids}
-                     for prompt in prompts[start : start + batch]]
-            how = [SamplingParams(temperature=decoding.temperature, top_p=decoding.top_p, top_k=decoding.top_k,
-                                  max_tokens=decoding.max_new_tokens, stop=decoding.stop, include_stop_str_in_output=True,
-                                  seed=seed + start + i) for i in range(len(chunk))]
-            for i, result in enumerate(model.generate(chunk, how), start):  # in the order of the prompts
-                said = result.outputs[0]
-                yield i, Output(said.text, said.finish_reason, len(said.token_ids))
+            texts = [as_text(prompt, tokenizer) for prompt in prompts[start : start + batch]]
+            ids = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False).input_ids} for text in texts]
+            params = [SamplingParams(**sampling, seed=seed + i) for i in range(start, start + len(texts))]
+            for i, result in enumerate(model.generate(ids, params), start):  # in the order of the prompts
+                completion = result.outputs[0]
+                yield i, Output(completion.text, completion.finish_reason, len(completion.token_ids))
 
-    return Engine({"engine": "vllm", "model": name} | config, lambda prompts, decoding, seed, first: _paced(
-        write(prompts, decoding, seed, first), name, len(prompts)))
+    return Engine({"engine": "vllm", "model": name} | config, write, name)
 
 
 def server(settings: llm.Settings, replies: Path) -> Engine:
@@ -134,20 +134,20 @@ def server(settings: llm.Settings, replies: Path) -> Engine:
         kinds = {"completions" if isinstance(prompt, str) else "chat" for prompt in prompts}
         if len(kinds) > 1:
             raise ValueError("texts and messages cannot be asked in one call")
-        asked = settings.model_copy(update={"endpoint": kinds.pop(), "sampling": _fields(settings.sampling, decoding, seed)})
+        sampling = _request_fields(settings.sampling, decoding, seed)
+        own = settings.model_copy(update={"endpoint": kinds.pop(), "sampling": sampling})
         requests = [llm.Request(prompt, llm.Written) for prompt in prompts[first:]]
-        for i, said in enumerate(_finished(llm.ask(requests, asked, replies, _Pace(), settings.model)), first):
-            yield i, Output("", None, 0, str(said)) if isinstance(said, llm.NoAnswer) else Output(*said)
+        for i, reply in enumerate(_finished(llm.ask(requests, own, replies, _Pace(), settings.model)), first):
+            yield i, Output("", None, 0, str(reply)) if isinstance(reply, llm.NoAnswer) else Output(*reply)
 
     return Engine({"engine": "server", "model": settings.model, "sampling": settings.sampling}, write)
 
 
-def _fields(given: dict, decoding: Decoding, seed: int) -> dict:
-    wanted: dict = {"temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_new_tokens,
-                    "seed": seed}
-    wanted |= {"top_k": decoding.top_k} if decoding.top_k else {}
-    wanted |= {"stop": decoding.stop} if decoding.stop and given.get("include_stop_str_in_output") else {}
-    return {name: value for name, value in (wanted | given).items() if value is not None}
+def _request_fields(overrides: dict, decoding: Decoding, seed: int) -> dict:
+    fields = {"temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_new_tokens,
+              "seed": seed, "top_k": decoding.top_k or None,
+              "stop": (overrides.get("include_stop_str_in_output") and decoding.stop) or None}
+    return {name: value for name, value in (fields | overrides).items() if value is not None}
 
 
 class _Pace(llm.Spent):
@@ -156,7 +156,7 @@ class _Pace(llm.Spent):
 
 
 def _finished(coroutine):
-    """What it returns, in a notebook too, where a loop runs already."""
+    """Result of the coroutine, in a notebook too, where a loop runs already."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -166,21 +166,20 @@ def _finished(coroutine):
 
 
 def _paced(outputs: Iterator[tuple[int, Output]], title: str, total: int, every_s: float = 10) -> Iterator[tuple[int, Output]]:
-    """The same, with a line of progress every `every_s` seconds and at the end."""
-    began = said_at = time.monotonic()
+    """Pass on the outputs; with a title, print a line of progress every `every_s` seconds and at the end."""
+    began = printed_at = time.monotonic()
     tokens = 0
     for i, output in outputs:
         yield i, output
         tokens, now = tokens + output.tokens, time.monotonic()
-        if now - said_at >= every_s or i + 1 == total:
-            said_at = now
-            print(f"{title}: {i + 1:,}/{total:,} completions, {tokens:,} tokens, {tokens / (now - began):,.0f} tokens/s",
-                  flush=True)
+        if title and (now - printed_at >= every_s or i + 1 == total):
+            printed_at, pace = now, tokens / (now - began)
+            print(f"{title}: {i + 1:,}/{total:,} completions, {tokens:,} tokens, {pace:,.0f} tokens/s", flush=True)
 
 
-def _row(asked: Asked, output: Output, stop: list[str], key: str) -> dict:
+def _row(prompt: QueryPrompt, output: Output, stop: list[str], key: str) -> dict:
     ends = [at + len(string) for string in stop if (at := output.text.find(string)) >= 0]
-    return {"id": asked.id, "query": asked.query, "completion": output.text[: min(ends)] if ends else output.text,
+    return {"id": prompt.id, "query": prompt.query, "completion": output.text[: min(ends)] if ends else output.text,
             "truncated": output.finish in _CUT and not ends, "tokens": output.tokens, "error": output.error, "key": key}
 
 

@@ -25,7 +25,6 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_before_delay, 
 from lwzlib.base.quantities import Count, Positive, Section
 from lwzlib.base.rows import RunError, append_rows, locked, read_rows
 
-_PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 _REFUSED = {400, 413, 422}  # this question alone: too long, or filtered
 _PASSING = {408, 409, 425, 429, *range(500, 600)}  # worth another try
 _backoff = wait_random_exponential(multiplier=1, max=60)
@@ -36,7 +35,7 @@ class LLMError(RuntimeError):
 
 
 class _Unavailable(Exception):
-    """The cause, and the seconds that the endpoint asks to wait."""
+    """No reply, for a cause that may pass; its arguments are the cause and the seconds that the endpoint asks to wait."""
 
 
 class Settings(Section):
@@ -103,6 +102,13 @@ class Spent:
         return (f"{self.requests:,} requests, {self.cached:,} replies from the cache, {self.tokens:,} tokens{cost}, "
                 f"{time.monotonic() - self.began:,.0f} s{pace}")
 
+    def add(self, row: dict, waited_s: float, settings: Settings) -> None:
+        """Count a reply (its row in the cache) that took `waited_s`."""
+        self.tokens, self.written = self.tokens + row["tokens"], self.written + row["written"]
+        self.replies, self.waited_s = self.replies + 1, self.waited_s + waited_s
+        self.usd += ((row["tokens"] - row["written"]) * settings.usd_per_million_read
+                     + row["written"] * settings.usd_per_million_written) / 1e6
+
     def say(self, text: str, every_s: float = 10) -> None:
         """Print `text` and the totals, unless something was printed less than `every_s` seconds ago."""
         if time.monotonic() - self.said_at >= every_s:
@@ -120,36 +126,82 @@ def configure(**values) -> Settings:
 
 async def ask(requests: list[Request[Answer]], settings: Settings, cache: Path, spent: Spent | None = None,
               title: str = "asked") -> list[Answer | NoAnswer]:
-    """What is answered to each request, in order; one that stands there twice is sent once. Prints progress.
+    """Answers to the requests, in order; a request that stands there twice is sent once. Prints progress.
 
     Raises LLMError when the budget is spent, or the endpoint cannot be used or refuses every question, and RunError when
     the cache cannot be written or another process has it; replies in flight are waited for and kept first.
     """
     questions, spent, answers, errors = dict.fromkeys(requests), spent or Spent(), {}, []
-    left = iter(questions)
+    left = iter(questions)  # shared: each worker takes the next question
 
-    async def work(post, rows):
+    async def work(endpoint, replies):
         for request in left:
             try:
-                answers[request] = await _answer(request, settings, post, rows, cache, spent)
+                answers[request] = await _answer(request, endpoint, replies, cache)
             except (LLMError, RunError) as error:
                 errors.append(error)
             if errors:
                 return
             spent.say(f"{title} {len(answers):,}/{len(questions):,}")
 
-    with _opened(cache) as rows:
-        async with _endpoint(settings, spent) as post:
-            await asyncio.gather(*(work(post, rows) for _ in range(settings.concurrency)))
+    with _opened(cache) as replies:
+        endpoint = _Endpoint(settings, spent)
+        async with endpoint.client:
+            await asyncio.gather(*(work(endpoint, replies) for _ in range(settings.concurrency)))
     spent.say(f"{title} {len(answers):,}/{len(questions):,}", every_s=0)
-    if not errors and answers and all(isinstance(said, NoAnswer) and said.startswith("HTTP") for said in answers.values()):
-        errors = [LLMError(f"{settings.base_url} refused every question; the first: {answers[requests[0]]}")]
     if errors:
         raise errors[0]
+    refused = [isinstance(answer, NoAnswer) and answer.startswith("HTTP") for answer in answers.values()]
+    if refused and all(refused):
+        raise LLMError(f"{settings.base_url} refused every question; the first: {answers[requests[0]]}")
     return [answers[request] for request in requests]
 
 
-def _read(text: str, answer: type[BaseModel]) -> BaseModel:
+@contextlib.contextmanager
+def _opened(cache: Path):
+    """Rows by key. A last line that a kill cut short is cut off, so that the next row starts a line of its own."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with locked(cache.with_name(f".{cache.name}.lock")):
+        if cache.exists() and not (content := cache.read_bytes()).endswith(b"\n"):
+            os.truncate(cache, content.rfind(b"\n") + 1)
+        yield {row["key"]: row for row in read_rows(cache)}
+
+
+async def _answer(request: Request, endpoint: "_Endpoint", replies: dict, cache: Path) -> BaseModel | Written | NoAnswer:
+    """Answer to one request, from `replies` or asked and kept; one that is not valid is sent back with its error."""
+    s, sampling = endpoint.settings, endpoint.settings.sampling
+    if s.json_schema and request.answer is not Written:
+        schema = {"name": "answer", "schema": request.answer.model_json_schema(), "strict": True}
+        sampling = sampling | {"response_format": {"type": "json_schema", "json_schema": schema}}
+    turns = (("user", request.prompt),) if isinstance(request.prompt, str) else request.prompt
+    question = messages = [{"role": role, "content": text} for role, text in turns]
+    for attempt in range(s.reasks + 1):
+        sent = json.dumps([s.model, s.endpoint, sampling, messages, request.sample, attempt], sort_keys=True)
+        key = hashlib.sha256(sent.encode()).hexdigest()
+        endpoint.spent.cached += key in replies
+        if key not in replies:
+            reply = await endpoint.post(messages, sampling)
+            if isinstance(reply, NoAnswer):
+                return reply
+            replies[key] = {"key": key} | reply
+            append_rows(cache, [replies[key]])
+        row = replies[key]
+        if request.answer is Written:
+            return Written(row["text"], row["finish"], row["written"])
+        text = row["text"].rpartition("</think>")[2].strip()
+        text = "" if text.startswith("<think>") else text  # reasoning that never ended
+        try:
+            if row["finish"] == "length":
+                raise ValueError("it was cut at its limit of tokens")
+            return _parsed(text, request.answer)
+        except ValueError as error:
+            problem = str(error)
+        complaint = f"That answer cannot be used: {problem}. Answer again, with the JSON object alone."
+        messages = [*question, {"role": "assistant", "content": text[:4000] or "-"}, {"role": "user", "content": complaint}]
+    return NoAnswer(f"{s.reasks + 1} answers, none valid; of the last, {text[:200]!r}: {problem}")
+
+
+def _parsed(text: str, answer: type[BaseModel]) -> BaseModel:
     """The JSON object in `text`, bare, in a code fence or amid prose. Raises ValueError, which says what is wrong."""
     start, end = text.find("{"), text.rfind("}") + 1
     if not 0 <= start < end:
@@ -166,125 +218,78 @@ def _problem(error: ValidationError) -> str:
     return f"{field} = {repr(first['input'])[:200]}: {first['msg']}" if field else first["msg"]
 
 
-@contextlib.contextmanager
-def _opened(cache: Path):
-    """The rows by key. A last line that a kill cut short is cut off, so that the next row starts a line of its own."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with locked(cache.with_name(f".{cache.name}.lock")):
-        if cache.exists() and not (found := cache.read_bytes()).endswith(b"\n"):
-            os.truncate(cache, found.rfind(b"\n") + 1)
-        yield {row["key"]: row for row in read_rows(cache)}
+class _Endpoint:
+    """A server, asked within the limits of the settings; what it costs is added to `spent`."""
 
+    def __init__(self, settings: Settings, spent: Spent):
+        self.settings, self.spent = settings, spent
+        self._secret = os.environ.get(settings.api_key_env, "")
+        if not re.fullmatch("[!-~]*", self._secret):
+            raise LLMError(f"{settings.api_key_env} must be printable ASCII without spaces or line ends")
+        is_local = urllib.parse.urlsplit(settings.base_url).hostname in ("127.0.0.1", "localhost", "::1")  # behind no proxy
+        http = openai.DefaultAsyncHttpxClient(timeout=None, trust_env=not is_local)  # its timeout would bound each read alone
+        self.client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=self._secret or "none", timeout=None,
+                                         max_retries=0, http_client=http)
 
-async def _answer(request: Request, s: Settings, post, rows: dict, cache: Path,
-                  spent: Spent) -> BaseModel | Written | NoAnswer:
-    turns = (("user", request.prompt),) if isinstance(request.prompt, str) else request.prompt
-    messages = asked = [{"role": role, "content": text} for role, text in turns]
-    sampling = s.sampling | (_held_to(request.answer) if s.json_schema and request.answer is not Written else {})
-    for attempt in range(s.reasks + 1):
-        content = [s.model, s.endpoint, sampling, asked, request.sample, attempt]
-        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        spent.cached += key in rows
-        if key not in rows:
-            reply = await post(asked, sampling)
-            if isinstance(reply, NoAnswer):
-                return reply
-            rows[key] = {"key": key} | reply
-            append_rows(cache, [rows[key]])
-        if request.answer is Written:
-            return Written(rows[key]["text"], rows[key]["finish"], rows[key]["written"])
-        said = _after_reasoning(rows[key]["text"])
+    async def post(self, messages, sampling):
+        """The reply as a row {text, finish, tokens, written}, or NoAnswer where the endpoint refuses this question."""
+        s = self.settings
+        retrying = AsyncRetrying(retry=retry_if_exception_type(_Unavailable), stop=stop_before_delay(s.patience_s),
+                                 wait=lambda state: state.outcome.exception().args[1] + _backoff(state), reraise=True,
+                                 before_sleep=lambda state: self.spent.say(f"waiting: {state.outcome.exception().args[0]}"))
         try:
-            if rows[key]["finish"] == "length":
-                raise ValueError("it was cut at its limit of tokens")
-            return _read(said, request.answer)
-        except ValueError as error:
-            problem = str(error)
-        complaint = f"That answer cannot be used: {problem}. Answer again, with the JSON object alone."
-        asked = [*messages, {"role": "assistant", "content": said[:4000] or "-"}, {"role": "user", "content": complaint}]
-    return NoAnswer(f"{s.reasks + 1} answers, none valid; of the last, {said[:200]!r}: {problem}")
+            return await retrying(self._post_once, messages, sampling)
+        except _Unavailable as error:
+            raise LLMError(f"{s.base_url}: no reply within patience_s = {s.patience_s:g}; last: {error.args[0]}") from None
 
-
-def _held_to(answer: type[BaseModel]) -> dict:
-    return {"response_format": {"type": "json_schema",
-                                "json_schema": {"name": "answer", "schema": answer.model_json_schema(), "strict": True}}}
-
-
-@contextlib.asynccontextmanager
-async def _endpoint(s: Settings, spent: Spent):
-    """post(messages, sampling) -> {text, finish, tokens}, or NoAnswer where the endpoint refuses this question."""
-    secret = os.environ.get(s.api_key_env, "")
-    if not re.fullmatch("[!-~]*", secret):
-        raise LLMError(f"{s.api_key_env} must be printable ASCII without spaces or line ends")
-
-    def hidden(text: str) -> str:  # some servers repeat the key; a short one, such as EMPTY, is no secret
-        return text.replace(secret, "***") if len(secret) >= 8 else text
-
-    async def once(messages, sampling):
+    async def _post_once(self, messages: list[dict], sampling: dict) -> dict | NoAnswer:
+        s, spent = self.settings, self.spent
         if s.requests_per_minute:
             spent.next_at = max(time.monotonic(), spent.next_at + 60 / s.requests_per_minute)
             await asyncio.sleep(spent.next_at - time.monotonic())
-        for what, most in (("requests", s.budget_requests), ("tokens", s.budget_tokens)):
-            if most and (used := getattr(spent, what)) >= most:
-                raise LLMError(f"the budget of {most:,} {what} is spent ({used:,} used). Every reply is kept: the same "
+        for unit, used, budget in (("requests", spent.requests, s.budget_requests), ("tokens", spent.tokens, s.budget_tokens)):
+            if budget and used >= budget:
+                raise LLMError(f"the budget of {budget:,} {unit} is spent ({used:,} used). Every reply is kept: the same "
                                "command goes on from here, with the same budget again")
         spent.requests += 1
-        asked = {"messages": messages} if s.endpoint == "chat" else {"prompt": "\n\n".join(m["content"] for m in messages)}
-        body = json.dumps(sampling | {"model": s.model} | asked, ensure_ascii=False)
+        path, prompt = (("/chat/completions", {"messages": messages}) if s.endpoint == "chat" else
+                        ("/completions", {"prompt": "\n\n".join(message["content"] for message in messages)}))
+        body = json.dumps(sampling | {"model": s.model} | prompt, ensure_ascii=False)
         body = json.loads(body.encode("utf-8", "replace"))  # a lone surrogate, which no tokenizer takes, becomes `?`
         sent_at = time.monotonic()
         try:
             async with asyncio.timeout(s.timeout_s):
-                said = await client.post(_PATHS[s.endpoint], body=body, cast_to=str)
+                reply = await self.client.post(path, body=body, cast_to=str)
         except TimeoutError:
             raise _Unavailable(f"no reply within timeout_s = {s.timeout_s:g}", 0.0) from None
         except openai.APIConnectionError as error:
-            raise _Unavailable(hidden(f"{error} {error.__cause__ or ''}"), 0.0) from None
+            raise _Unavailable(self._without_secret(f"{error} {error.__cause__ or ''}"), 0.0) from None
         except openai.APIStatusError as error:
-            said = f"HTTP {error.status_code} {hidden(error.response.text)[:500]}"
-            if error.status_code in _REFUSED:
-                return NoAnswer(said)
-            if error.status_code not in _PASSING or "insufficient_quota" in said:
-                raise LLMError(f"{s.base_url}: {said} (the key was taken from {s.api_key_env})") from None
-            wait = error.response.headers.get("Retry-After", "")
-            raise _Unavailable(said, float(wait) if re.fullmatch(r"\d{1,9}(\.\d+)?", wait) else 0.0) from None
-        reply = _reply(hidden(said), s)
-        spent.tokens += reply["tokens"]
-        spent.written += reply["written"]
-        spent.replies, spent.waited_s = spent.replies + 1, spent.waited_s + time.monotonic() - sent_at
-        spent.usd += ((reply["tokens"] - reply["written"]) * s.usd_per_million_read
-                      + reply["written"] * s.usd_per_million_written) / 1e6
-        return reply
+            return self._refused(error.response)
+        row = _reply_row(self._without_secret(reply), s)
+        spent.add(row, time.monotonic() - sent_at, s)
+        return row
 
-    async def post(messages, sampling):
-        retrying = AsyncRetrying(retry=retry_if_exception_type(_Unavailable), stop=stop_before_delay(s.patience_s),
-                                 wait=lambda state: state.outcome.exception().args[1] + _backoff(state), reraise=True,
-                                 before_sleep=lambda state: spent.say(f"waiting: {state.outcome.exception().args[0]}"))
-        try:
-            return await retrying(once, messages, sampling)
-        except _Unavailable as error:
-            raise LLMError(f"{s.base_url}: no reply within patience_s = {s.patience_s:g}; last: {error.args[0]}") from None
+    def _refused(self, response) -> NoAnswer:
+        """NoAnswer where this question alone is refused. Raises _Unavailable if it will pass, else LLMError."""
+        s, status = self.settings, response.status_code
+        problem = f"HTTP {status} {self._without_secret(response.text)[:500]}"
+        if status in _REFUSED:
+            return NoAnswer(problem)
+        if status not in _PASSING or "insufficient_quota" in problem:
+            raise LLMError(f"{s.base_url}: {problem} (the key was taken from {s.api_key_env})") from None
+        wait_s = response.headers.get("Retry-After", "")
+        raise _Unavailable(problem, float(wait_s) if re.fullmatch(r"\d{1,9}(\.\d+)?", wait_s) else 0.0) from None
 
-    # Its own timeout bounds each read, not the whole.
-    here = urllib.parse.urlsplit(s.base_url).hostname in ("127.0.0.1", "localhost", "::1")  # no proxy stands before them
-    direct = openai.DefaultAsyncHttpxClient(timeout=None, trust_env=not here)
-    async with openai.AsyncOpenAI(base_url=s.base_url, api_key=secret or "none", timeout=None, max_retries=0,
-                                  http_client=direct) as client:
-        yield post
+    def _without_secret(self, text: str) -> str:  # some servers repeat the key; a short one, such as EMPTY, is no secret
+        return text.replace(self._secret, "***") if len(self._secret) >= 8 else text
 
 
-def _after_reasoning(text: str) -> str:
-    text = text.rpartition("</think>")[2].strip()
-    return "" if text.startswith("<think>") else text  # reasoning that never ended
-
-
-def _reply(body: str, s: Settings) -> dict:
+def _reply_row(body: str, s: Settings) -> dict:
     try:
         reply = json.loads(body)
         choice, usage = reply["choices"][0], reply.get("usage") or {}
-        text = (choice["message"]["content"] if s.endpoint == "chat" else choice["text"]) or ""
-        if not isinstance(text, str):
-            raise TypeError
+        text = "" + ((choice["message"]["content"] if s.endpoint == "chat" else choice["text"]) or "")  # a text, or TypeError
         row = {"text": text, "finish": choice.get("finish_reason"), "tokens": int(usage.get("total_tokens") or 0),
                "written": int(usage.get("completion_tokens") or 0)}
     except (ValueError, LookupError, TypeError, AttributeError):

@@ -53,25 +53,20 @@ def serving(name: str, dtype: str = "bfloat16", start_s: float = 180.0, **settin
 
 
 def _address(process: subprocess.Popen, log: Path, name: str, start_s: float) -> str:
-    """Where it listens, once it has loaded the model and says that it is well."""
+    """Address of the server, once it has loaded the model and answers that it is well."""
     deadline = time.monotonic() + start_s
-    while not (found := re.search(r"running on (http://127\.0\.0\.1:\d+)", said := log.read_text(errors="replace"))):
+    while not (url := re.search(r"running on (http://127\.0\.0\.1:\d+)", lines := log.read_text(errors="replace"))):
         problem = (f"ended with exit code {process.returncode}" if process.poll() is not None else
                    f"was not ready within {start_s:g} s" if time.monotonic() > deadline else "")
         if problem:
-            raise ModelError(f"the server of {name} {problem}; its last lines:\n{said[-1500:].strip()}")
+            raise ModelError(f"the server of {name} {problem}; its last lines:\n{lines[-1500:].strip()}")
         time.sleep(0.1)
-    httpx.get(f"{found[1]}/health", trust_env=False, timeout=start_s).raise_for_status()
-    return found[1]
+    httpx.get(f"{url[1]}/health", trust_env=False, timeout=start_s).raise_for_status()
+    return url[1]
 
 
-def main(model: str, dtype: str) -> None:
-    """The server's own process."""
+if __name__ == "__main__":  # the server's own process
     end_with_parent()
     from transformers.cli.serve import Serve
 
-    Serve(model, continuous_batching=True, dtype=dtype, device="cpu", host="127.0.0.1", port=0, **_CACHE)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    Serve(sys.argv[1], continuous_batching=True, dtype=sys.argv[2], device="cpu", host="127.0.0.1", port=0, **_CACHE)

@@ -60,7 +60,7 @@ def generate(name: str, source: str, engine: engines.Engine, style: Style | Lite
     stop = [] if style == "bare" else ["</answer>"]
     decoding = Decoding(**bench.decoding.model_dump() | {"stop": stop} | (change or {}))
     queries = [getattr(item, bench.query) for item in items.values()]
-    prompts = [engines.Asked(str(key), query, framed(query, style, frame, _PROMPT))
+    prompts = [engines.QueryPrompt(str(key), query, framed(query, style, frame, _PROMPT))
                for key, query in zip(items, queries, strict=True)]
     rows = engines.generate(engine, prompts, decoding, to.with_suffix(".rows.jsonl"), seed)
     answered = [(key, item, row) for (key, item), row in zip(items.items(), rows, strict=True) if not row["error"]]

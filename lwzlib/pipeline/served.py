@@ -43,7 +43,7 @@ def write(recipe: Recipe, run: Run, name: str, policy: Policy, queries: list[Que
             yield from engines.server(settings, run.folder / f"{name}.replies.jsonl").write(*what)
 
         for number, places in rounds.items():
-            asked = [engines.Asked(queries[i].id, queries[i].query, framed[i]) for i in places]
+            asked = [engines.QueryPrompt(queries[i].id, queries[i].query, framed[i]) for i in places]
             rows = engines.generate(engines.Engine({"engine": "vllm serve", "model": model}, write), asked, how,
                                     run.folder / f"{name}.written-{number}.jsonl", seed=1_000 * run.seed + number)
             if refused := next((row for row in rows if row["error"]), None):

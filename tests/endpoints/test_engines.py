@@ -18,19 +18,19 @@ from lwzlib.base.models import load_model, load_tokenizer
 from lwzlib.base.quantities import Decoding, Prompt, Sampling
 from lwzlib.base.rows import RunError, read_rows
 from lwzlib.endpoints import engines, llm
-from lwzlib.endpoints.engines import Asked
+from lwzlib.endpoints.engines import QueryPrompt
 from lwzlib.endpoints.local_server import serving
 from lwzlib.method.prompts import framed
 
 GREEDY = Decoding(temperature=0.0, top_p=1.0, max_new_tokens=24)
 DRAWN = Decoding(temperature=0.7, top_p=0.8, top_k=20, max_new_tokens=12)
 PROMPT = Prompt(wording="brief", worked_examples=0)
-TINY = engines.transformers(TINY, "float32", "sdpa", batch=2)
+TINY_ENGINE = engines.transformers(TINY, "float32", "sdpa", batch=2)
 
 
 def asked(count=5, frame="plain", style="think"):
     queries = [f"Write {'very ' * i}briefly about rain <{i}>." for i in range(count)]
-    return [Asked(f"q{i}", query, framed(query, style, frame, PROMPT)) for i, query in enumerate(queries)]
+    return [QueryPrompt(f"q{i}", query, framed(query, style, frame, PROMPT)) for i, query in enumerate(queries)]
 
 
 @pytest.fixture(autouse=True)
@@ -157,15 +157,15 @@ def test_rows_are_written_one_by_one_and_never_again(tmp_path):
 
 def test_file_of_another_engine_decoding_or_prompt_is_refused(tmp_path):
     out = tmp_path / "out.jsonl"
-    engines.generate(TINY, asked(2), GREEDY, out)
+    engines.generate(TINY_ENGINE, asked(2), GREEDY, out)
     before = out.read_bytes()
     for change in ({"engine": engines.transformers(TINY, "float32", "sdpa", 4)}, {"seed": 1},
-                   {"decoding": GREEDY.model_copy(update={"stop": ["x"]})}, {"asked": asked(2, style="direct")},
-                   {"asked": asked(2)[::-1]}):
+                   {"decoding": GREEDY.model_copy(update={"stop": ["x"]})}, {"prompts": asked(2, style="direct")},
+                   {"prompts": asked(2)[::-1]}):
         with pytest.raises(RunError, match=r"out\.jsonl, row 1: q0 was written by another engine"):
-            engines.generate(**{"engine": TINY, "asked": asked(2), "decoding": GREEDY, "out": out} | change)
+            engines.generate(**{"engine": TINY_ENGINE, "prompts": asked(2), "decoding": GREEDY, "out": out} | change)
     with pytest.raises(RunError, match="ids must be unique"):
-        engines.generate(TINY, asked(2) * 2, GREEDY, out)
+        engines.generate(TINY_ENGINE, asked(2) * 2, GREEDY, out)
     assert out.read_bytes() == before
 
 
