@@ -60,7 +60,7 @@ def _post(client: httpx.Client, url: str, body: dict, patience_s: float, where: 
     for tries in itertools.count():
         try:
             response = client.post(f"{url}/pooling", json=body)
-            # vLLM answers 500 also when its engine has died, and then ends.
+            # vLLM answers 500 also when it is told to end, and when its engine has died.
             dead = response.status_code == 500 and client.get(f"{url}/health").status_code != 200
             if response.status_code not in (502, 503, 504) and not dead:
                 break

@@ -17,8 +17,8 @@ _tokenizer = functools.cache(load_tokenizer)
 
 @functools.cache
 def read_info(folder: str) -> dict:
-    """What `writing_rm.json` says of the model: identity (the fingerprint of its training), frame, fold_layout, max_tokens,
-    and floor, the lowest score it gave on held-out pairs."""
+    """`writing_rm.json` of the folder: identity (the fingerprint of its training), frame, fold_layout, max_tokens, and floor
+    (the lowest score it gave on held-out pairs)."""
     return json.loads((Path(folder) / "writing_rm.json").read_text())
 
 

@@ -234,7 +234,7 @@ def test_vllm_ended_killed_and_restarted_while_the_client_waits(vllm, capfd):
     texts = [[5 + i, *range(9, 400)] for i in range(12)]
     before, scores = ask(vllm.url, INFO["identity"], texts, 120), []
     other = [[77, *ids] for ids in texts]
-    waiting = threading.Thread(target=lambda: scores.extend(ask(vllm.url, INFO["identity"], other + texts, 500)))
+    waiting = threading.Thread(target=lambda: scores.extend(ask(vllm.url, INFO["identity"], other + texts, 900)))
     waiting.start()
     until(vllm.works, "the request in vLLM", 60)
     vllm.process.send_signal(signal.SIGTERM)
@@ -245,7 +245,7 @@ def test_vllm_ended_killed_and_restarted_while_the_client_waits(vllm, capfd):
     vllm.kill()
     vllm.start()
     vllm.ready()
-    waiting.join(500)
+    waiting.join(900)
     np.testing.assert_allclose(scores[12:], before, atol=1e-3)
     said = capfd.readouterr().out
-    assert f"{vllm.url}, texts 0 to 23: waiting up to 500 s: " in said and "going on after" in said
+    assert f"{vllm.url}, texts 0 to 23: waiting up to 900 s: " in said and "going on after" in said
