@@ -60,7 +60,7 @@ def _originals(recipe: Recipe, run: Run) -> list[Original]:
     sampling = Sampling(temperature=0.8, top_p=0.95, max_new_tokens=asked.answer_tokens)
     framed = [prompts.render_bare(request, recipe.model.frame, tokenizer) for request in requests]
     written = []
-    for i, text, _ in completions(model, tokenizer, framed, sampling, recipe.samples.batch_completions, seed):
+    for i, text, *_ in completions(model, tokenizer, framed, sampling, recipe.samples.batch_completions, seed):
         written.append(whole_sentences(text))
         if (i + 1) % recipe.samples.batch_completions == 0 or i + 1 == len(framed):
             print(f"writing-rm: text {i + 1}/{len(framed)} for the pairs", flush=True)

@@ -1,15 +1,21 @@
-"""Fuse several rewards into one advantage per completion.
+"""Fuse several rewards into one advantage per completion: average the advantages, never the rewards.
 
-The paper averages *advantages*, never raw rewards: A_i = (A_length + A_write + A_format) / 3 with
-A_k,i = (r_k,i - mean_group) / std_group, so that each component has the same say in every group, whatever its scale.
-Another note of the paper reads "normalised to [-1, 1] in the group": that is `minmax`. `sum` is the naive ablation
-(sum the rewards, then whiten) and `gdpo` is TRL's `normalize_then_sum` (whiten per component, sum, whiten the batch).
-
-Not published, chosen here: the sample standard deviation and epsilon 1e-4 are TRL's, so `sum` and `gdpo` equal TRL.
+The paper's A_i = (A_length + A_write + A_format) / 3 with A_k,i = (r_k,i - mean_group) / std_group gives each component the
+same say in every group, whatever its scale. `averaged` below is that idea; `fuse` is what the kit trains with.
 """
 
 import numpy as np
 
+
+def averaged(rewards: np.ndarray) -> np.ndarray:
+    """The paper's advantages (groups, group_size) of rewards (groups, group_size, components) that vary in every group."""
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    advantages = centred / rewards.std(axis=1, ddof=1, keepdims=True)
+    return advantages.mean(axis=2)
+
+
+# What `fuse` adds to it: weights of the components, rewards that are missing (NaN), groups without variance, and other modes.
+# Not published, chosen here: the sample standard deviation and epsilon 1e-4 are TRL's, so `sum` and `gdpo` equal TRL.
 _EPSILON = 1e-4
 _NO_SPREAD = 1e-6  # rewards of order 1 in float32 that differ by less are equal
 
@@ -17,9 +23,11 @@ _NO_SPREAD = 1e-6  # rewards of order 1 in float32 that differ by less are equal
 def fuse(rewards, weights, mode: str = "zscore") -> np.ndarray:
     """Advantages of shape (groups, group_size) from rewards of shape (groups, group_size, components).
 
-    `zscore` and `minmax` leave a NaN reward out: its component does not count for that completion, and the other weights are
-    scaled up; `sum` takes it for a raw 0, and `gdpo` for the group's mean, as TRL does. A completion without any reward, and
-    a group without variance, get advantage 0. `weights` has shape (components,).
+    `zscore` is the paper's mode and `minmax` another note's of it, "normalised to [-1, 1] in the group". They leave a NaN
+    reward out: its component does not count for that completion, and the other weights are scaled up. `sum` is the naive
+    ablation (sum the rewards, then whiten) and takes NaN for a raw 0; `gdpo` is TRL's `normalize_then_sum` (whiten per
+    component, sum, whiten the batch) and takes NaN for the group's mean, as TRL does. A completion without any reward, and a
+    group without variance, get advantage 0. `weights` has shape (components,).
     Raises ValueError for an unknown mode, an empty group, or weights that do not fit.
     """
     rewards, weights = np.asarray(rewards, dtype=np.float64), np.asarray(weights, dtype=np.float64)
@@ -35,7 +43,7 @@ def fuse(rewards, weights, mode: str = "zscore") -> np.ndarray:
 
 
 def zscore(rewards: np.ndarray) -> np.ndarray:
-    """(r - mean) / (std + eps) over axis 1, NaN-aware; exactly 0 where the group does not vary."""
+    """(r - mean) / (std + eps) over axis 1; NaN stays NaN, and a group that does not vary gets exactly 0."""
     count = (~np.isnan(rewards)).sum(axis=1, keepdims=True)
     centred = rewards - np.nansum(rewards, axis=1, keepdims=True) / np.maximum(count, 1)
     std = np.sqrt(np.nansum(centred**2, axis=1, keepdims=True) / np.maximum(count - 1, 1))
@@ -43,40 +51,36 @@ def zscore(rewards: np.ndarray) -> np.ndarray:
 
 
 def minmax(rewards: np.ndarray) -> np.ndarray:
-    """2 (r - min) / (max - min) - 1 over axis 1, NaN-aware; 0 where the group does not vary."""
-    low = np.min(rewards, axis=1, keepdims=True, initial=np.inf, where=~np.isnan(rewards))
-    high = np.max(rewards, axis=1, keepdims=True, initial=-np.inf, where=~np.isnan(rewards))
+    """2 (r - min) / (max - min) - 1 over axis 1; NaN stays NaN, and a group that does not vary gets 0."""
+    present = ~np.isnan(rewards)
+    low = np.min(rewards, axis=1, keepdims=True, initial=np.inf, where=present)
+    high = np.max(rewards, axis=1, keepdims=True, initial=-np.inf, where=present)
     spread = np.where(high - low > _NO_SPREAD, high - low, np.inf)
-    scaled = 2 * (rewards - low) / spread - 1
-    return np.where(np.isinf(spread) & ~np.isnan(rewards), 0.0, scaled)
+    return np.where(np.isinf(spread) & present, 0.0, 2 * (rewards - low) / spread - 1)
 
 
-def _average(advantages: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    present = ~np.isnan(advantages) * weights
-    total = present.sum(axis=2)
-    return np.nansum(advantages * weights, axis=2) / np.where(total > 0, total, np.inf)
+def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    total = (~np.isnan(values) * weights).sum(axis=2)
+    return np.nansum(values * weights, axis=2) / np.where(total > 0, total, np.inf)
 
 
-def _sum(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    summed = np.nansum(rewards * weights, axis=2)
-    summed[np.isnan(rewards).all(axis=2)] = np.nan
-    return zscore(summed)
+def _weighted_sum(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(values).all(axis=2), np.nan, np.nansum(values * weights, axis=2))
 
 
 def _gdpo(rewards: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    summed = np.nansum(zscore(rewards) * weights, axis=2)
-    summed[np.isnan(rewards).all(axis=2)] = np.nan
+    summed = _weighted_sum(zscore(rewards), weights)
     return zscore(summed.reshape(1, -1)).reshape(summed.shape)
 
 
 MODES = {
-    "zscore": lambda rewards, weights: _average(zscore(rewards), weights),
-    "minmax": lambda rewards, weights: _average(minmax(rewards), weights),
-    "sum": _sum,
+    "zscore": lambda rewards, weights: _weighted_mean(zscore(rewards), weights),
+    "minmax": lambda rewards, weights: _weighted_mean(minmax(rewards), weights),
+    "sum": lambda rewards, weights: zscore(_weighted_sum(rewards, weights)),
     "gdpo": _gdpo,
 }
 
 
 def no_variance(rewards) -> np.ndarray:
-    """(groups,) booleans: no component varies within the group, so it teaches nothing."""
+    """Booleans (groups,): no component varies within the group, so it teaches nothing."""
     return (np.nan_to_num(zscore(np.asarray(rewards, dtype=np.float64))) == 0).all(axis=(1, 2))

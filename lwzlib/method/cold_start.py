@@ -1,13 +1,17 @@
-"""The cold start teaches the form to a model that does not emit it when asked. It is not in the paper.
+"""Cold start: teach the form to a model that does not emit it when asked. It is not in the paper.
 
 The paper's base model emits the tags when asked, and its 30B tokens of continual pretraining hold 300M tokens of think/answer
 documents. A 135M model emits the exact form in 0% of completions, so every group would be without variance and GRPO would learn
-nothing. A few documents in the form mend that.
+nothing. A few documents in the form mend that: the model's own paragraphs, wrapped in the tags.
 """
 
 import random
 from pathlib import Path
 
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from lwzlib.base import trainers
 from lwzlib.base.quantities import Sampling
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.run_folder import Run
@@ -20,17 +24,12 @@ _TOPIC_WORDS = 8  # of the end of a request, where the kit's queries name what t
 
 
 def cold_start(recipe: Recipe, run: Run) -> Path:
-    """One epoch on the model's own paragraphs wrapped in the tags, half of them with a plan: only the form is taught.
+    """Train one epoch on the model's own paragraphs in the form, half of them with a plan: only the form is taught.
 
     Returns the folder of the model. An interrupted cold start begins anew (it is short).
     """
     if run.finished:
         return run.folder / "model"
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    from lwzlib.base import trainers
-
     with run.work():
         run.rewind(0, "metrics")
         model, tokenizer = trainers.load_policy(recipe, recipe.model.name)
@@ -46,22 +45,23 @@ def cold_start(recipe: Recipe, run: Run) -> Path:
 
 
 def _documents(recipe: Recipe, run: Run, model, tokenizer) -> list[dict]:
-    """Two for each query: with and without a plan that names the topic and the true length of the paragraph. It is short,
-    because what a plan takes of `max_new_tokens` the answer lacks."""
+    """Two documents for each query: with and without a plan that names the topic and the true length of the paragraph. The
+    plan is short, because what it takes of `max_new_tokens` the answer lacks."""
     queries = load_queries(recipe.data.train, recipe.data.languages)
-    asked = [q.query for q in random.Random(run.seed).sample(queries, min(recipe.cold_start.queries, len(queries)))]
-    framed = [prompts.render_bare(query, recipe.model.frame, tokenizer) for query in asked]
+    requests = [q.query for q in random.Random(run.seed).sample(queries, min(recipe.cold_start.queries, len(queries)))]
+    framed = [prompts.render_bare(request, recipe.model.frame, tokenizer) for request in requests]
     sampling = Sampling(temperature=recipe.cold_start.temperature, top_p=1.0,
                         max_new_tokens=recipe.cold_start.max_new_tokens)
     documents = []
-    for i, text, _ in completions(model, tokenizer, framed, sampling, recipe.samples.batch_completions, run.seed):
+    for i, text, *_ in completions(model, tokenizer, framed, sampling, recipe.samples.batch_completions, run.seed):
         answer = whole_sentences(text)
-        about = " ".join(asked[i].rstrip(".。?？").split()[-_TOPIC_WORDS:])
-        plan = (f"Topic: {about}. First the main point, then an example, then an ending. "
+        topic = " ".join(requests[i].rstrip(".。?？").split()[-_TOPIC_WORDS:])
+        plan = (f"Topic: {topic}. First the main point, then an example, then an ending. "
                 f"Length: about {round(count_words(answer), -1)} words.")
         for style in ("think", "direct"):
-            prompt = prompts.render(asked[i], style, recipe.model.frame, recipe.prompt, tokenizer)
+            prompt = prompts.render(requests[i], style, recipe.model.frame, recipe.prompt, tokenizer)
             documents.append({"text": prompt + prompts.wrap(plan, answer, style) + tokenizer.eos_token})
-        print(f"cold start: paragraph {i + 1}/{len(asked)}", flush=True) if (i + 1) % 8 == 0 else None
+        if (i + 1) % 8 == 0:
+            print(f"cold start: paragraph {i + 1}/{len(requests)}", flush=True)
     run.update(documents=len(documents), tokens=sum(len(tokenizer(d["text"]).input_ids) for d in documents))
     return documents

@@ -25,24 +25,22 @@ from lwzlib.method.text import TAGS, parse
 
 
 def distil(recipe: Recipe, run: Run, model_name: str, writing_rm: str, tokenise: Callable, write=None) -> Path:
-    """The stage `distil`: `documents.jsonl` {id, text, query, answer}, which `tokenise`(recipe, sources, folder) turns into
-    token files. Returns its folder. `write` as in `samples.scored`.
-
-    Raises RunError where no completion can be kept.
+    """Leave `documents.jsonl` {id, text, query, answer}, which `tokenise`(recipe, sources, folder) turns into token files;
+    returns the run's folder. `write` as in `samples.scored`. Raises RunError where no completion can be kept.
     """
     if run.finished:
         return run.folder
-    asked, arm = recipe.cot, recipe.arm(recipe.cot.arm)
+    settings, arm = recipe.cot, recipe.arm(recipe.cot.arm)
     with run.work():
         queries = load_queries(recipe.data.train, recipe.data.languages)
-        chosen = random.Random(run.seed).sample(queries, min(asked.queries, len(queries)))
-        rows = scored(recipe, run, "completions", Policy(model_name), writing_rm,
-                               [q for q in chosen for _ in range(asked.completions_per_query)], arm.prompt,
-                               recipe.grpo.sampling, asked.batch_completions, [TAGS[arm.prompt][-1]], write)
+        chosen = random.Random(run.seed).sample(queries, min(settings.queries, len(queries)))
+        repeated = [query for query in chosen for _ in range(settings.completions_per_query)]
+        rows = scored(recipe, run, "completions", Policy(model_name), writing_rm, repeated, arm.prompt,
+                      recipe.grpo.sampling, settings.batch_completions, [TAGS[arm.prompt][-1]], write)
         best, left_out = choose(recipe, rows)
         if not best:
             raise RunError(f"none of {len(rows)} completions of {model_name} can be a document: {left_out}. Train arm "
-                           f"{asked.arm} for longer, or set pretrain.cot_token_fraction=0")
+                           f"{settings.arm} for longer, or set pretrain.cot_token_fraction=0")
         tokenizer = load_tokenizer(recipe.model.name, recipe.model.trust_remote_code)
         write_rows(run.folder / "documents.jsonl", (
             {"id": row["id"], "query": row["query"], "answer": parse(row["completion"], arm.prompt).answer,
@@ -54,17 +52,17 @@ def distil(recipe: Recipe, run: Run, model_name: str, writing_rm: str, tokenise:
 
 
 def choose(recipe: Recipe, rows: list[dict]) -> tuple[list[dict], dict]:
-    """The best completion of each query (groups of consecutive rows), and why the others' best were left out."""
-    size = recipe.cot.completions_per_query
-    names = list(reward_names(recipe))
+    """(rows kept, {reason: rows left out}) of the best completions, one per group of `completions_per_query` rows."""
+    size, names = recipe.cot.completions_per_query, reward_names(recipe)
     weights = [getattr(recipe.reward.weights, name) for name in names]
-    scores = np.array([[row[name] for name in names] for row in rows], dtype=float).reshape(-1, size, len(names))
-    best = fuse(scores, weights, recipe.grpo.advantage).argmax(axis=1) + np.arange(0, len(rows), size)
+    rewards = np.array([row[name] for row in rows for name in names], dtype=float).reshape(-1, size, len(names))
+    best = fuse(rewards, weights, recipe.grpo.advantage).argmax(axis=1) + np.arange(0, len(rows), size)
     style, kept, left_out = recipe.arm(recipe.cot.arm).prompt, [], Counter()
     for row in (rows[i] for i in best):
-        reason = "truncated" if row["truncated"] else "" if parse(row["completion"], style).exact else "form not exact"
-        reason = reason if recipe.cot.exact_only else ""
-        left_out[reason] += 1
-        kept += [] if reason else [row]
-    left_out.pop("", None)
+        if recipe.cot.exact_only and row["truncated"]:
+            left_out["truncated"] += 1
+        elif recipe.cot.exact_only and not parse(row["completion"], style).exact:
+            left_out["form not exact"] += 1
+        else:
+            kept.append(row)
     return kept, dict(left_out)

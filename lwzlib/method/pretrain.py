@@ -1,46 +1,43 @@
-"""Supervised stages before RL: the cold start, and continual pretraining.
+"""Continual pretraining before RL, on packed sequences.
 
-Continual pretraining is the paper's: packed sequences of books, reports and papers, with a share of long think/answer
-documents distilled from the Base-think arm; its learning rate and schedule are not published.
-
-The cold start is a departure. The paper's base model emits the tags when asked, and its 30B tokens of continual pretraining
-hold 300M tokens of think/answer documents. A 135M model emits the exact form in 0% of completions, so every group would
-be without variance and GRPO would learn nothing. A few documents in the form mend that.
+The paper's 30B tokens are books, reports and papers, in sequences of 32K tokens and batches of 512, with 1% of long
+think/answer documents distilled from the Base-think arm. Learning rate, schedule and the mixture's shares are not published.
+The kit measures the perplexity of each source's held-out documents, before and after.
 """
 
 import math
 import os
 from pathlib import Path
 
+import torch
+from datasets import Dataset, concatenate_datasets
+from trl import SFTConfig, SFTTrainer
+
+from lwzlib.base import trainers
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError, read_rows
 from lwzlib.base.run_folder import Run
 
 
 def pretrain(recipe: Recipe, run: Run, start: str, corpus: Path, packed: Path) -> Path:
-    """The stage `pretrain`: one pass over the packed shards. Resumes from the last whole checkpoint.
+    """Train one pass over the packed shards; returns the folder of the model. Resumes from the last whole checkpoint.
 
-    Leaves `model/`, `metrics.jsonl`, and `perplexity.jsonl`: of each source's held-out documents, before and after.
+    Leaves `model/`, `metrics.jsonl`, and `perplexity.jsonl`: one row per source, before and after.
     """
     if run.finished:
         return run.folder / "model"
-    from datasets import Dataset, concatenate_datasets
-    from trl import SFTConfig, SFTTrainer
-
-    from lwzlib.base import trainers
-
-    asked, processes = recipe.pretrain, int(os.environ.get("WORLD_SIZE", "1"))
-    if asked.batch_sequences % processes:
-        raise RunError(f"pretrain.batch_sequences={asked.batch_sequences} cannot be cut over {processes} processes")
+    settings, processes = recipe.pretrain, int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.batch_sequences % processes:
+        raise RunError(f"pretrain.batch_sequences={settings.batch_sequences} cannot be cut over {processes} processes")
     with run.work():
         last = trainers.last_checkpoint(run, "metrics")
         run.rewind(len(recipe.corpus.sources) if last else 0, "perplexity")  # what was measured after is measured again
         sequences = concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(packed.glob("*.arrow"))])
         config = SFTConfig(
-            num_train_epochs=1, learning_rate=asked.learning_rate, lr_scheduler_type=asked.lr_schedule,
-            warmup_steps=asked.warmup_steps, per_device_train_batch_size=1,
-            gradient_accumulation_steps=asked.batch_sequences // processes, max_length=None, padding_free=True,
-            dataset_kwargs={"skip_prepare_dataset": True}, **trainers.checkpoint_arguments(asked.checkpoint_every_steps),
+            num_train_epochs=1, learning_rate=settings.learning_rate, lr_scheduler_type=settings.lr_schedule,
+            warmup_steps=settings.warmup_steps, per_device_train_batch_size=1,
+            gradient_accumulation_steps=settings.batch_sequences // processes, max_length=None, padding_free=True,
+            dataset_kwargs={"skip_prepare_dataset": True}, **trainers.checkpoint_arguments(settings.checkpoint_every_steps),
             **trainers.trainer_arguments(recipe, run))
         model, tokenizer = trainers.load_policy(recipe, start)
         trainer = SFTTrainer(model, args=config, train_dataset=sequences, processing_class=tokenizer,
@@ -62,24 +59,23 @@ def _measure(recipe: Recipe, run: Run, when: str, model, tokenizer, corpus: Path
         row = {"step": len(run.rows("perplexity")) + 1, "when": when, "source": f"{source.at} ({source.language})",
                "tokens": tokens, "perplexity": value}
         run.append("perplexity", row)
-        shown = "no held-out document" if value is None else f"{value:.2f} over {tokens} held-out tokens"
-        print(f"pretrain: perplexity {when}, {row['source']}: {shown}", flush=True)
+        result = "no held-out document" if value is None else f"{value:.2f} over {tokens} held-out tokens"
+        print(f"pretrain: perplexity {when}, {row['source']}: {result}", flush=True)
 
 
 def perplexity(model, tokenizer, texts: list[str], sequence_tokens: int, at_most_tokens: int) -> tuple[int, float | None]:
-    """(tokens predicted, exp of their mean negative log-likelihood), each text cut into sequences of its own, the same
-    share of each text; None where there is no token to predict."""
-    import torch
+    """(tokens predicted, exp of their mean negative log-likelihood); None where there is no token to predict.
 
-    if not texts:
-        return 0, None
-    share, loss, predicted = max(2, at_most_tokens // len(texts)), 0.0, 0
+    Each text is cut into sequences of its own, and gives at most the same number of tokens as the others.
+    """
+    loss, predicted_tokens = 0.0, 0
     for text in texts:
-        ids = tokenizer(text, truncation=True, max_length=share, add_special_tokens=False).input_ids
-        for cut in (ids[i : i + sequence_tokens] for i in range(0, len(ids), sequence_tokens)):
-            if len(cut) > 1:
+        text_tokens = max(2, at_most_tokens // len(texts))
+        ids = tokenizer(text, truncation=True, max_length=text_tokens, add_special_tokens=False).input_ids
+        for start in range(0, len(ids) - 1, sequence_tokens):
+            sequence = torch.tensor([ids[start : start + sequence_tokens]], device=model.device)
+            if (targets := sequence.shape[1] - 1) > 0:
                 with torch.no_grad():
-                    here = torch.tensor([cut], device=model.device)
-                    loss += model(here, labels=here).loss.double().item() * (len(cut) - 1)
-                predicted += len(cut) - 1
-    return predicted, math.exp(loss / predicted) if predicted else None
+                    loss += model(sequence, labels=sequence).loss.double().item() * targets
+                predicted_tokens += targets
+    return predicted_tokens, math.exp(loss / predicted_tokens) if predicted_tokens else None

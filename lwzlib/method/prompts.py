@@ -1,4 +1,4 @@
-"""Prompts: think and direct-answer, English and Chinese; worded anew from what the paper says they ask for.
+"""Prompts: think and direct-answer, English and Chinese, worded anew from what the paper says they ask for.
 
 The paper frames the query as a conversation between a user and an assistant. The think prompt asks for a deep plan
 (brainstorm, outline, style, audience, ambiguity, several perspectives), reviewed and refined, in `<think>`, and the
@@ -10,6 +10,9 @@ a CPU pays for every token of it) and `prompt.worked_examples` (a model that nev
 
 from typing import Literal
 
+import yaml
+
+from lwzlib.base.paths import TEXTS
 from lwzlib.base.quantities import Prompt
 from lwzlib.method.text import Style, language_of
 
@@ -38,30 +41,8 @@ _BRIEF = {
 }
 WORDINGS = {"full": _FULL, "brief": _BRIEF}
 _SPEAKERS = {"en": ("User: ", "Assistant:"), "zh": ("用户：", "助手：")}
-WORKED_EXAMPLES = {  # (query, plan, answer)
-    "en": [
-        ("In one paragraph, describe a market street in the rain.",
-         "A market at noon, for general readers. Order: rain, stalls, one buyer, the end. About 60 words.",
-         "Rain taps on the awnings and runs to the gutters. Under them the sellers stack pears and onions and call "
-         "prices to people who hurry past. An old woman stops, shakes out her umbrella, and buys a single lemon. By "
-         "evening the clouds have gone, the crates are empty, and the whole street smells of fruit and wet stone."),
-        ("In one paragraph, explain why bread rises.",
-         "For a curious pupil. Order: yeast eats, gas forms, dough stretches, the oven sets it. About 60 words.",
-         "Bread rises because yeast is alive. It feeds on the sugar in flour and gives off tiny bubbles of gas. Dough is "
-         "elastic, so it traps the bubbles and swells like a slow balloon. In the oven the bubbles grow once more, the "
-         "heat sets the walls around them, and the loaf keeps the soft and airy shape that we like."),
-    ],
-    "zh": [
-        ("用一小段话描写雨中的集市。",
-         "写给一般读者。顺序：雨、摊位、一位买主、收尾。约六十字。",
-         "雨点敲着雨棚，顺着檐角流进水沟。摊主把梨和洋葱码得整整齐齐，向匆匆走过的人报价。一位老太太停下来，抖了抖伞，"
-         "只买了一个柠檬。傍晚雨停了，整条街都是果香和湿石头的气味。"),
-        ("用一小段话说明面包为什么会发起来。",
-         "写给好奇的小学生。顺序：酵母、气泡、面团、烤箱。约六十字。",
-         "面包会发起来，是因为酵母是活的。它吃面粉里的糖，吐出细小的气泡。面团有弹性，把气泡裹在里面，像气球一样慢慢鼓起。"
-         "进了烤箱，气泡再胀一次，面团随即定型，面包就松软了。"),
-    ],
-}
+_EXAMPLES = yaml.safe_load((TEXTS / "worked_examples.yaml").read_text(encoding="utf-8"))
+WORKED_EXAMPLES = {language: list(map(tuple, examples)) for language, examples in _EXAMPLES.items()}  # (query, plan, answer)
 
 
 def wrap(plan: str, answer: str, style: Style) -> str:
@@ -71,25 +52,29 @@ def wrap(plan: str, answer: str, style: Style) -> str:
 
 
 def framed(query: str, style: Style | Literal["bare"], frame: str, prompt: Prompt | None = None) -> Framed:
-    """What a model is asked: a plain-text frame for a base model, messages for an instruct model. `bare` is the query
+    """A query as a model gets it: a plain-text frame for a base model, messages for an instruct model. `bare` is the query
     without any instruction, and needs no `prompt`."""
     language = language_of(query)
-    instruction, turns = "", []
+    instruction, examples = "", []
     if style != "bare":
         assert prompt, "a style needs the recipe's quantities of the prompt"
         instruction = WORDINGS[prompt.wording][style, language]
-        turns = [(asked, wrap(plan, answer, style))
-                 for asked, plan, answer in WORKED_EXAMPLES[language][: prompt.worked_examples]]
+        examples = [(request, wrap(plan, answer, style))
+                    for request, plan, answer in WORKED_EXAMPLES[language][: prompt.worked_examples]]
     if frame == "chat":
-        shown = [message for asked, written in turns for message in (("user", asked), ("assistant", written))]
-        return (*([("system", instruction)] if instruction else []), *shown, ("user", query))
+        messages = [("system", instruction)] if instruction else []
+        for request, completion in examples:
+            messages += [("user", request), ("assistant", completion)]
+        return (*messages, ("user", query))
     user, assistant = _SPEAKERS[language]
-    before = "".join(f"{user}{asked}\n\n{assistant} {written}\n\n" for asked, written in turns)
-    return f"{instruction}\n\n" * bool(instruction) + f"{before}{user}{query}\n\n{assistant} "
+    text = f"{instruction}\n\n" if instruction else ""
+    for request, completion in examples:
+        text += f"{user}{request}\n\n{assistant} {completion}\n\n"
+    return f"{text}{user}{query}\n\n{assistant} "
 
 
 def as_text(framed: Framed, tokenizer=None) -> str:
-    """The text that a model continues: messages by its tokenizer's chat template."""
+    """Text that a model continues: a framed query, its messages by the tokenizer's chat template."""
     if isinstance(framed, str):
         return framed
     messages = [{"role": role, "content": text} for role, text in framed]
@@ -97,10 +82,10 @@ def as_text(framed: Framed, tokenizer=None) -> str:
 
 
 def render(query: str, style: Style, frame: str, prompt: Prompt, tokenizer=None) -> str:
-    """The text that a model continues: a plain-text frame for a base model, the chat template for an instruct model."""
+    """Text that a model continues for a query in a style."""
     return as_text(framed(query, style, frame, prompt), tokenizer)
 
 
 def render_bare(query: str, frame: str, tokenizer=None) -> str:
-    """The query in the model's frame, without any instruction."""
+    """Text that a model continues for a query without any instruction."""
     return as_text(framed(query, "bare", frame), tokenizer)

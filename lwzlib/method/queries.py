@@ -25,16 +25,9 @@ class Query(BaseModel):
     id: str = Field(min_length=1)
     query: str = Field(pattern=r"\S")
     word_range: tuple[int, int]
-    language: str = Field(pattern="^(en|zh)$")
+    language: str = Field(pattern="^(en|zh)$", default_factory=lambda row: language_of(row["query"]))
     domain: str = Field(default="unknown", pattern="^(D[1-6]|unknown)$")
     type: str = "unknown"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _language(cls, row):
-        if isinstance(row, dict) and isinstance(row.get("query"), str):
-            return {"language": language_of(row["query"])} | row
-        return row
 
     @model_validator(mode="after")
     def _bounds(self):
@@ -64,17 +57,18 @@ def load_queries(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Q
 
 def queries_of_recipe(recipe: Recipe) -> list[Query]:
     """The training queries of a recipe, then the held-out ones. Raises DataError where they do not fit its settings."""
-    asked = {source: load_queries(source, recipe.data.languages) for source in (recipe.data.train, recipe.data.heldout)}
-    train, step, longest = asked[recipe.data.train], recipe.grpo.queries_per_step, recipe.reward.length.max_words
+    data, step, max_words = recipe.data, recipe.grpo.queries_per_step, recipe.reward.length.max_words
+    train, heldout = load_queries(data.train, data.languages), load_queries(data.heldout, data.languages)
     if len(train) < step and any(arm.algorithm == "grpo" for arm in recipe.arms.values()):
-        raise DataError(f"{recipe.data.train} has {len(train)} queries, and a step takes grpo.queries_per_step = {step}")
-    for source, queries in asked.items():
-        for query in queries if recipe.reward.weights.length else []:
-            if query.word_range[1] >= longest:
+        raise DataError(f"{data.train} has {len(train)} queries, and a step takes grpo.queries_per_step = {step}")
+    for source, queries in ((data.train, train), (data.heldout, heldout)):
+        for query in queries:
+            if recipe.reward.weights.length and query.word_range[1] >= max_words:
                 raise DataError(f"{source}, query {query.id!r}: word_range {list(query.word_range)} must end below "
-                                f"reward.length.max_words = {longest}")
-    seen = {query.query: query.id for query in train}
-    if both := next((query for query in asked[recipe.data.heldout] if query.query in seen), None):
-        raise DataError(f"{recipe.data.heldout}, query {both.id!r} is also trained on (query {seen[both.query]!r} of "
-                        f"{recipe.data.train}): held-out queries must be others")
-    return [*train, *asked[recipe.data.heldout]]
+                                f"reward.length.max_words = {max_words}")
+    trained_on = {query.query: query.id for query in train}
+    for query in heldout:
+        if query.query in trained_on:
+            raise DataError(f"{data.heldout}, query {query.id!r} is also trained on (query {trained_on[query.query]!r} of "
+                            f"{data.train}): held-out queries must be others")
+    return [*train, *heldout]

@@ -1,27 +1,24 @@
-"""The paper's rewards as picklable callables with TRL's signature.
+"""The paper's three rewards, as picklable callables with TRL's signature; each is finite for every text.
 
-Length (published): 1 inside [lower, upper]; words / lower below; (max - words) / (max - upper) above. The value of
+Length, in [0, 1] (published): 1 inside [lower, upper]; words / lower below; (max - words) / (max - upper) above. The value of
 `max` and a floor are not published: `reward.length.max_words` names the first, and the reward is floored at 0.
 
-Format (structure published, the rest not): exactly one `<think>` then exactly one `<answer>`, times a repetition factor
-for passages of the answer that repeat each other, by their letters or by their meaning, or the letters of the plan.
+Writing, any real number (published): a Bradley-Terry model's score of query and answer (`lwzlib.method.train_writing_rm`).
+
+Format, in [0, 1] (structure published, the rest not): exactly one `<think>` then exactly one `<answer>`, times a repetition
+factor for passages of the answer that repeat each other, by their letters or by their meaning, or the letters of the plan.
 `partial_credit` (off in `paper`) pays per tag in its place, so that a model that starts without the form can find it (paid
 for tags in any place, policies settled on an answer within the plan); `min_plan_words` asks for a plan that is one.
-
-Writing (published: a Bradley-Terry model's score of query and answer): any real number; see `lwzlib.method.train_writing_rm`.
-
-Length and format are in [0, 1]; every reward is finite for every text.
 """
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from lwzlib.base.recipe import Recipe
 from lwzlib.method.overlap import Meaning, Overlap, encode, find_overlaps
-from lwzlib.method.text import Parsed, Style, count_words, parse, tags_in_place
-from lwzlib.method.writing_rm import remote_scores
+from lwzlib.method.text import Parsed, Style, count_words, parse
+from lwzlib.method.writing_rm import Scorer, read_info, remote_scores
 
 
 class RewardError(ValueError):
@@ -29,13 +26,18 @@ class RewardError(ValueError):
 
 
 def completion_text(completion) -> str:
-    """TRL hands over a string, or a list of messages when prompts are conversations."""
+    """Text of a completion of TRL: a string, or a list of messages when prompts are conversations."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def parse_all(completions, styles) -> list[Parsed]:
+    """Parts of each completion of TRL, in the style of its prompt."""
+    return [parse(completion_text(completion), style) for completion, style in zip(completions, styles, strict=True)]
 
 
 @dataclass(frozen=True)
 class LengthReward:
-    """How well the answer's words fit the range that the query asks for.
+    """Fit of the answer's number of words to the range that the query asks for.
 
     >>> LengthReward(max_words=200).score(80, (50, 100)), LengthReward(max_words=200).score(150, (50, 100))
     (1.0, 0.5)
@@ -45,7 +47,7 @@ class LengthReward:
     __name__ = "length"
 
     def score(self, words: int, word_range: tuple[int, int]) -> float:
-        """In [0, 1], by the module's formula. Raises RewardError unless 0 <= lower <= upper < `max_words`."""
+        """Reward in [0, 1] by the module's formula. Raises RewardError unless 0 <= lower <= upper < `max_words`."""
         lower, upper = word_range
         if not 0 <= lower <= upper < self.max_words:
             raise RewardError(f"word range [{lower}, {upper}] must satisfy 0 <= lower <= upper < "
@@ -55,9 +57,9 @@ class LengthReward:
         return 1.0 if words <= upper else max(0.0, (self.max_words - words) / (self.max_words - upper))
 
     def __call__(self, completions, word_range, style, **_) -> list[float]:
-        """TRL's call: one reward a completion, for the words of its answer. Raises RewardError as `score` does."""
-        answers = [parse(completion_text(c), s).answer for c, s in zip(completions, style, strict=True)]
-        return [self.score(count_words(a), r) for a, r in zip(answers, word_range, strict=True)]
+        """TRL's call: one reward per completion, for the words of its answer. Raises RewardError as `score` does."""
+        answers = [parsed.answer for parsed in parse_all(completions, style)]
+        return [self.score(count_words(answer), bounds) for answer, bounds in zip(answers, word_range, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -80,43 +82,38 @@ class FormatReward:
     __name__ = "format"
 
     def score(self, completion: str, style: Style) -> float:
-        """Of a single completion, in [0, 1]."""
+        """Reward of one completion, in [0, 1]."""
         return self([completion], style=[style])[0]
 
     def overlaps(self, answers: list[str], plans: list[str]) -> list[Overlap]:
-        """What each answer repeats of itself and of its plan; by meaning too where there is an `encoder`."""
-        meaning = Meaning(functools.partial(encode, name=self.encoder), self.same_meaning,
-                          self.encoder_languages) if self.encoder else None
+        """Passages of each answer that repeat itself or its plan; by meaning too where there is an `encoder`."""
+        meaning = None
+        if self.encoder:
+            meaning = Meaning(functools.partial(encode, name=self.encoder), self.same_meaning, self.encoder_languages)
         return find_overlaps(answers, self.near_duplicate, plans, meaning)
 
-    def structure(self, completion: str, parsed: Parsed, style: Style) -> float:
-        """1 for the exact form with an answer, and a plan if one is asked for; else `partial_credit` a tag in its place."""
+    def structure(self, parsed: Parsed, style: Style) -> float:
+        """1 for the exact form with an answer, and a plan if one is asked for; else `partial_credit` per tag in its place."""
         planned = style == "direct" or count_words(parsed.plan) >= self.min_plan_words
-        if parsed.exact and planned and parsed.answer:
-            return 1.0
-        return self.partial_credit * tags_in_place(completion, style)
-
-    def repetition_factor(self, share: float) -> float:
-        """1 up to `tolerated_repetition`, and from there on a line down to 0 at a share of 1."""
-        return 1 - max(0.0, share - self.tolerated_repetition) / (1 - self.tolerated_repetition)
+        return 1.0 if parsed.exact and planned and parsed.answer else self.partial_credit * parsed.tags_in_place
 
     def __call__(self, completions, style, **_) -> list[float]:
-        """TRL's call: one reward a completion, in [0, 1]."""
-        texts = [completion_text(c) for c in completions]
-        parsed = [parse(text, s) for text, s in zip(texts, style, strict=True)]
-        # Partial credit pays for repetition too: else a loop would earn more by breaking the form.
-        structures = [self.structure(*each) for each in zip(texts, parsed, style, strict=True)]
-        judged = [i for i, structure in enumerate(structures) if structure]
-        found = self.overlaps([parsed[i].answer for i in judged], [parsed[i].plan for i in judged])
-        factors = {i: self.repetition_factor(overlap.share) for i, overlap in zip(judged, found, strict=True)}
-        return [structure * factors.get(i, 1.0) for i, structure in enumerate(structures)]
+        """TRL's call: one reward per completion, in [0, 1]."""
+        parsed = parse_all(completions, style)
+        scores = [self.structure(*parts) for parts in zip(parsed, style, strict=True)]
+        # Repetition lowers partial credit too: else a loop would earn more by breaking the form.
+        judged = [i for i, structure in enumerate(scores) if structure]
+        overlaps = self.overlaps([parsed[i].answer for i in judged], [parsed[i].plan for i in judged])
+        for i, overlap in zip(judged, overlaps, strict=True):
+            scores[i] *= 1 - max(0.0, overlap.share - self.tolerated_repetition) / (1 - self.tolerated_repetition)
+        return scores
 
 
 @dataclass(frozen=True)
 class WritingReward:
     """The score that a trained Writing RM in `folder` gives the answer to the query, any real number.
 
-    Scored in this process, or by the server at `url` (`lwz serve-rm`), which must serve the same model and is waited for
+    Scored in this process, or by vLLM at `url` (`lwz serve-rm`), which must serve the same model and is waited for
     `patience_s` seconds. An answer that is empty gets the model's floor: the lowest score it gave on held-out pairs.
     """
 
@@ -127,61 +124,51 @@ class WritingReward:
     patience_s: float = 600
     __name__ = "writing"
 
-    def score(self, texts: list[tuple[str, str]]) -> list[float]:
-        """(query, answer) pairs, none of the answers empty."""
-        if self.url:
-            return remote_scores(self.url, texts, self.patience_s, identity=self.identity)
-        return _scorer(self.folder, self.dtype, self.attention)(texts)
-
     @property
     def identity(self) -> str:
-        """Of the model in `folder`: the fingerprint of its training, which a server must name too."""
-        return _info(self.folder)["identity"]
+        """The fingerprint of the model's training, by which a server must serve it."""
+        return read_info(self.folder)["identity"]
+
+    def score(self, texts: list[tuple[str, str]]) -> list[float]:
+        """A score for each (query, answer), none of the answers empty."""
+        if self.url:
+            return remote_scores(self.folder, self.url, texts, self.patience_s)
+        return _scorer(self.folder, self.dtype, self.attention)(texts)
 
     def of_answers(self, texts: list[tuple[str, str]]) -> list[float]:
-        """As `score`, where an answer may be empty."""
+        """Scores of (query, answer) pairs, where an answer may be empty."""
         written = [text for text in texts if text[1]]
         values = iter(self.score(written))  # without any text too: where the model is sharded, the others wait for this process
-        return [next(values) if answer else _info(self.folder)["floor"] for _, answer in texts]
+        return [next(values) if answer else read_info(self.folder)["floor"] for _, answer in texts]
 
     def __call__(self, completions, style, query, **_) -> list[float]:
-        """TRL's call: one score an answer. Raises ScoringError with a `url`, else RunError for too long a text."""
-        answers = [parse(completion_text(c), s).answer for c, s in zip(completions, style, strict=True)]
+        """TRL's call: one score per answer. Raises RunError for too long a text, and with a `url` ScoringError."""
+        answers = [parsed.answer for parsed in parse_all(completions, style)]
         return self.of_answers(list(zip(query, answers, strict=True)))
 
 
-@functools.cache
-def _info(folder: str) -> dict:
-    return json.loads((Path(folder) / "writing_rm.json").read_text())
-
-
-@functools.cache
-def _scorer(folder: str, dtype: str, attention: str):
-    from lwzlib.method.writing_rm import Scorer
-
-    return Scorer(folder, dtype, attention)
+_scorer = functools.cache(Scorer)
 
 
 def build_rewards(recipe: Recipe, writing_rm: str = "") -> dict:
     """{name: reward} for the components whose weight is above 0. `writing_rm` is the folder of the model that the stage
     `writing-rm` trained. Raises RewardError where a reward cannot be built."""
-    asked, weights = recipe.reward, recipe.reward.weights
-    folder = asked.writing.model if asked.writing.model != "stage" else writing_rm
-    if weights.writing > 0 and not (Path(folder) / "writing_rm.json").is_file():
+    reward = recipe.reward
+    folder = reward.writing.model if reward.writing.model != "stage" else writing_rm
+    if reward.weights.writing > 0 and not (Path(folder) / "writing_rm.json").is_file():
         raise RewardError(f"reward.weights.writing is above 0, and there is no Writing RM in {folder or 'this run'}: run "
                           "`lwz stage writing-rm` first, name one in reward.writing.model, or set reward.weights.writing=0")
-    made = {
-        "length": lambda: LengthReward(asked.length.max_words),
-        "writing": lambda: WritingReward(folder, recipe.model.dtype, recipe.model.attention, asked.writing.url,
-                                         asked.writing.patience_s),
-        "format": lambda: FormatReward(**asked.format.model_dump() | {
-            "encoder_languages": tuple(asked.format.encoder_languages)}),
+    rewards = {
+        "length": LengthReward(reward.length.max_words),
+        "writing": WritingReward(folder, recipe.model.dtype, recipe.model.attention, reward.writing.url,
+                                 reward.writing.patience_s),
+        "format": FormatReward(**reward.format.model_dump() | {"encoder_languages": tuple(reward.format.encoder_languages)}),
     }
-    return {name: made[name]() for name in reward_names(recipe)}
+    return {name: rewards[name] for name in reward_names(recipe)}
 
 
 def reward_names(recipe: Recipe) -> list[str]:
-    """Names of the rewards whose weight is above 0, in the order of `build`. Raises RewardError if there is none."""
+    """Names of the rewards whose weight is above 0, in the order of `build_rewards`. Raises RewardError if there is none."""
     names = [name for name in ("length", "writing", "format") if getattr(recipe.reward.weights, name) > 0]
     if not names:
         raise RewardError("reward.weights are all 0; give at least one a weight above 0")

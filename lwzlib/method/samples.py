@@ -1,8 +1,11 @@
-"""Completions of a list of prompts with transformers in process, and what a stage writes and scores: the held-out samples of
-an arm, and what is distilled. Where the recipe has vLLM servers, those write for a stage."""
+"""Samples of a policy with their rewards: what an arm writes for held-out queries, before, during and after RL.
+
+The paper rates its arms by Arena-Write over the RL steps (Fig 3). The kit lets every kept policy write for its own held-out
+queries. `scored` also writes what `distil` chooses from. Where the recipe has vLLM servers, those write instead.
+"""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +24,7 @@ Writer = Callable[..., list[tuple[int, str, bool]]]  # (index of the query, comp
 
 
 class Policy(NamedTuple):
-    """A model, or a snapshot of one that was trained from the model `start`."""
+    """The name of a model, or the folder of a snapshot that was trained from the model `start`."""
 
     name: str
     start: str = ""
@@ -35,7 +38,7 @@ class Policy(NamedTuple):
         return trainers.load_policy(recipe, self.name, spread=True)
 
     def folder(self, recipe: Recipe, run: Run) -> str:
-        """What vLLM can load: of a snapshot that is an adapter, the model with it, in the folder of the run."""
+        """Folder that vLLM can load; a snapshot that is an adapter is merged into its model, in the folder of the run."""
         if not (Path(self.name) / "adapter_config.json").is_file():
             return models.resolve(self.name)
         merged = run.folder / ".policy"
@@ -46,41 +49,44 @@ class Policy(NamedTuple):
 
 def scored(recipe: Recipe, run: Run, name: str, policy: Policy, writing_rm: str, queries: list[Query], style: Style,
            sampling: Sampling, batch: int, stop: list[str], write: Writer | None = None) -> list[dict]:
-    """A completion of each query with its rewards, as rows `name` of the run; resumable batch by batch. `write` is who writes
-    them where it is not this process (`pipeline.served`)."""
+    """One completion per query with its rewards, as rows `name` of the run; resumable batch by batch. `write` writes them
+    where it is not this process that does (`pipeline.served`)."""
     whole = len(run.rows(name)) // batch * batch
     run.rewind(whole, name)
-    how = Decoding(**sampling.model_dump(), stop=stop)
+    decoding = Decoding(**sampling.model_dump(), stop=stop)
+    outputs: Iterator[tuple]  # (index of the query, completion, truncated, ...)
     if write:  # all of them before the rewards are built: both want all GPUs
-        outputs = iter(write(recipe, run, name, policy, queries, style, how, batch)[whole:])
+        outputs = iter(write(recipe, run, name, policy, queries, style, decoding, batch)[whole:])
     else:
         model, tokenizer = policy.load(recipe)
         framed = framed_queries(recipe, queries, style, tokenizer)
-        outputs = completions(model, tokenizer, framed, how, batch, run.seed, stop, first=whole)
-    scorers = build_rewards(recipe, writing_rm)
-    while some := list(itertools.islice(outputs, batch)):
-        asked, texts = [queries[i] for i, _, _ in some], [text for _, text, _ in some]
-        scores = {reward: scorer(completions=texts, style=[style] * len(some), word_range=[q.word_range for q in asked],
-                                 query=[q.query for q in asked]) for reward, scorer in scorers.items()}
-        for n, ((i, text, truncated), query) in enumerate(zip(some, asked, strict=True)):
-            parsed = parse(text, style)
-            run.append(name, {
-                "step": i + 1, "id": query.id, "type": query.type, "query": query.query,
-                "word_range": list(query.word_range), "completion": text, "truncated": truncated,
-                "think_words": count_words(parsed.plan), "answer_words": count_words(parsed.answer),
-            } | {reward: values[n] for reward, values in scores.items()})
-        print(f"{run.folder.parent.name}/{run.folder.name}  {i + 1}/{len(queries)} completions", flush=True)
+        outputs = completions(model, tokenizer, framed, decoding, batch, run.seed, stop, first=whole)
+    rewards = build_rewards(recipe, writing_rm)
+    while written := list(itertools.islice(outputs, batch)):
+        rows: list[dict] = []
+        for i, text, truncated, *_ in written:
+            query, parsed = queries[i], parse(text, style)
+            rows.append({"step": i + 1, "id": query.id, "type": query.type, "query": query.query,
+                         "word_range": list(query.word_range), "completion": text, "truncated": truncated,
+                         "think_words": count_words(parsed.plan), "answer_words": count_words(parsed.answer)})
+        texts, requests, ranges = ([row[name] for row in rows] for name in ("completion", "query", "word_range"))
+        for reward_name, reward in rewards.items():
+            scores = reward(completions=texts, query=requests, word_range=ranges, style=[style] * len(rows))
+            for row, score in zip(rows, scores, strict=True):
+                row[reward_name] = score
+        run.append(name, *rows)
+        print(f"{run.folder.parent.name}/{run.folder.name}  {rows[-1]['step']}/{len(queries)} completions", flush=True)
     return run.rows(name)
 
 
 def framed_queries(recipe: Recipe, queries: list[Query], style: Style, tokenizer) -> list[str]:
-    """The text that the model continues, for each query."""
+    """Text that the model continues for each query."""
     return [prompts.render(q.query, style, recipe.model.frame, recipe.prompt, tokenizer) for q in queries]
 
 
 def write_samples(recipe: Recipe, run: Run, arm: str, model_name: str, writing_rm: str = "",
                   write: Writer | None = None) -> Path:
-    """What a model writes for the held-out queries, with its rewards: `samples.jsonl`."""
+    """Write and score the held-out queries by a model: `samples.jsonl`. Returns the run's folder."""
     if not run.finished:
         with run.work():
             _held_out(recipe, run, "samples", arm, Policy(model_name), writing_rm, write)
@@ -89,7 +95,7 @@ def write_samples(recipe: Recipe, run: Run, arm: str, model_name: str, writing_r
 
 def write_samples_during(recipe: Recipe, run: Run, arm: str, start: str, grpo: Path, writing_rm: str = "",
                          write: Writer | None = None) -> Path:
-    """The same of each snapshot of the policy: `samples_<step>.jsonl`. Raises RunError if RL kept other ones."""
+    """Write and score them by each snapshot of the policy: `samples_<step>.jsonl`. Raises RunError if RL kept other ones."""
     if run.finished:
         return run.folder
     wanted = range(recipe.evaluation.every_steps, recipe.grpo.steps, recipe.evaluation.every_steps)

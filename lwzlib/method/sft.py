@@ -3,6 +3,7 @@
 The paper fine-tunes the base and the continually pretrained model on long answers in LongWriter's form (`messages`), and
 finds that it does not profit from continual pretraining as RL does. Loss on the answer alone; documents are packed, and one
 that is longer than a sequence is cut.
+
 Small models cannot write LongWriter's answers. `sft.data: made` takes the best completions of the distilled arm, without
 their plans, and passages written by people, with a request worded for each.
 """
@@ -10,6 +11,10 @@ their plans, and passages written by people, with a request worded for each.
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from lwzlib.base import trainers
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import DataError
 from lwzlib.base.run_folder import Run
@@ -18,34 +23,30 @@ from lwzlib.method.text import Style
 
 
 def train_sft(recipe: Recipe, run: Run, arm: str, start: str, rows: Callable[[], Iterable[dict]]) -> Path:
-    """The stage `sft` of an arm, on what `rows` gives: `messages`, two turns each. Resumes from the last whole checkpoint;
-    returns the folder of the model."""
+    """Fine-tune an arm on `rows`, each with `messages` of two turns; returns the folder of the model. Resumes from the last
+    whole checkpoint. Raises DataError for a row of another form."""
     if run.finished:
         return run.folder / "model"
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    from lwzlib.base import trainers
-
-    asked = recipe.sft
+    settings = recipe.sft
     with run.work():
         last = trainers.last_checkpoint(run, "metrics")
         config = SFTConfig(
-            num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, lr_scheduler_type="cosine",
-            per_device_train_batch_size=asked.batch_sequences, max_length=asked.max_tokens, packing=True,
-            packing_strategy="bfd", **trainers.checkpoint_arguments(asked.checkpoint_every_steps),
+            num_train_epochs=settings.epochs, learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
+            per_device_train_batch_size=settings.batch_sequences, max_length=settings.max_tokens, packing=True,
+            packing_strategy="bfd", **trainers.checkpoint_arguments(settings.checkpoint_every_steps),
             **trainers.trainer_arguments(recipe, run))
         with config.main_process_first(local=False):
             if not run.rows("data"):
                 run.write("data", rows())
         model, tokenizer = trainers.load_policy(recipe, start)
-        documents = [_document(recipe, recipe.arm(arm).prompt, row, f"{asked.data}, row {i}", tokenizer)
+        documents = [_document(recipe, recipe.arm(arm).prompt, row, f"{settings.data}, row {i}", tokenizer)
                      for i, row in enumerate(run.rows("data"), 1)]
-        read = tokenizer([row["prompt"] + row["completion"] + tokenizer.eos_token for row in documents]).input_ids
-        cut = sum(len(ids) > asked.max_tokens for ids in read)
-        print(f"sft: {len(documents)} documents; {cut} are cut, longer than sft.max_tokens = {asked.max_tokens}")
+        token_ids = tokenizer([row["prompt"] + row["completion"] + tokenizer.eos_token for row in documents]).input_ids
+        cut = sum(len(ids) > settings.max_tokens for ids in token_ids)
+        print(f"sft: {len(documents)} documents; {cut} are cut, longer than sft.max_tokens = {settings.max_tokens}")
         trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(documents), processing_class=tokenizer,
-                             callbacks=[trainers.Rows(run, trainers.SFT_COLUMNS)], peft_config=trainers.lora_config(asked.lora))
+                             peft_config=trainers.lora_config(settings.lora),
+                             callbacks=[trainers.Rows(run, trainers.SFT_COLUMNS)])
         trainers.save_trained(trainers.train_to_end(trainer, last), trainer, run)
         run.update(documents=len(documents), documents_cut=cut)
     return run.folder / "model"

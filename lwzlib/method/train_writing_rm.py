@@ -1,8 +1,8 @@
-"""The Writing RM: a Bradley-Terry reward model on preference pairs, trained by TRL's RewardTrainer.
+"""Train the Writing RM, a Bradley-Terry reward model on preference pairs, and measure what it is worth.
 
 Published: loss -E log sigmoid(r_chosen - r_rejected) on Qwen2.5-72B, human preference pairs on writing. Not published:
-the pairs, their number, how good the model is. So every model trained here states its accuracy per kind of pair with an
-interval, its calibration, and what else its score follows: length, markdown, language.
+the pairs, their number, how good the model is. So every model trained here, by TRL's RewardTrainer, states its accuracy per
+kind of pair with an interval, its calibration, and what else its score follows: length, markdown, language.
 """
 
 import json
@@ -10,7 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from datasets import Dataset
+from scipy.stats import binomtest, spearmanr
+from transformers import set_seed
+from trl import RewardConfig, RewardTrainer
 
+from lwzlib.base import models, trainers
 from lwzlib.base.processes import main_process
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError, write_atomic, write_rows
@@ -25,125 +31,120 @@ _EVERY = 4  # so many held-out pairs for one that is also scored with markdown
 
 def make_pairs(recipe: Recipe, run: Run, made_pairs: MakePairs) -> dict[str, list[Pair]]:
     """{train, heldout}: read from where the recipe says, or by `made_pairs`; kept in the run's folder, so made once."""
-    asked, files = recipe.writing_rm, {part: run.folder / f"pairs_{part}.jsonl" for part in ("train", "heldout")}
+    settings, files = recipe.writing_rm, {part: run.folder / f"pairs_{part}.jsonl" for part in ("train", "heldout")}
     if not all(file.exists() for file in files.values()):
-        if asked.pairs == "made":
-            made = made_pairs(recipe, run)
+        if settings.pairs == "made":
+            parts = made_pairs(recipe, run)
         else:
-            made = dict(zip(files, split_by_source(load_pairs(asked.pairs), asked.heldout_share, run.seed), strict=True))
-        if asked.length_balanced:
-            made["train"] = balance_lengths(made["train"], run.seed)
-        if empty := [part for part, some in made.items() if not some]:
+            split = split_by_source(load_pairs(settings.pairs), settings.heldout_share, run.seed)
+            parts = dict(zip(files, split, strict=True))
+        if settings.length_balanced:
+            parts["train"] = balance_lengths(parts["train"], run.seed)
+        if empty := [part for part, pairs in parts.items() if not pairs]:
             raise RunError(f"no {empty[0]} pairs are left; give more sources, another writing_rm.heldout_share, or "
                            "writing_rm.length_balanced=false")
-        data_card(made).to_csv(run.folder / "card.csv", index=False)
+        data_card(parts).to_csv(run.folder / "card.csv", index=False)
         for part, file in files.items():
-            write_rows(file, [pair.model_dump() for pair in made[part]])
+            write_rows(file, [pair.model_dump() for pair in parts[part]])
     return {part: load_pairs(str(file)) for part, file in files.items()}
 
 
 def train_rm(recipe: Recipe, run: Run, made_pairs: MakePairs) -> Path:
-    """The folder of the trained model. Leaves the pairs, `card.csv`, `scores.jsonl` (each held-out pair) and
-    `quality.json`; resumes from the last whole checkpoint."""
+    """Train on the pairs; returns the folder of the model. Leaves the pairs, `card.csv`, `scores.jsonl` (one row per held-out
+    pair) and `quality.json`; resumes from the last whole checkpoint."""
     if run.finished:
         return run.folder / "model"
-    from datasets import Dataset
-    from transformers import set_seed
-    from trl import RewardConfig, RewardTrainer
-
-    from lwzlib.base import trainers
-    from lwzlib.base.models import load_model, unsharded
-
-    asked = recipe.writing_rm
+    settings, m = recipe.writing_rm, recipe.model
     with run.work():
         last = trainers.last_checkpoint(run, "metrics")
         config = RewardConfig(
-            num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, lr_scheduler_type="cosine", warmup_steps=4,
-            per_device_train_batch_size=asked.batch_pairs, max_length=None,
-            **trainers.checkpoint_arguments(asked.checkpoint_every_steps), **trainers.trainer_arguments(recipe, run))
-        with config.main_process_first(local=False), unsharded():
+            num_train_epochs=settings.epochs, learning_rate=settings.learning_rate, lr_scheduler_type="cosine", warmup_steps=4,
+            per_device_train_batch_size=settings.batch_pairs, max_length=None,
+            **trainers.checkpoint_arguments(settings.checkpoint_every_steps), **trainers.trainer_arguments(recipe, run))
+        with config.main_process_first(local=False), models.unsharded():
             parts = make_pairs(recipe, run, made_pairs)
-        m = recipe.model
         set_seed(run.seed)  # the head is new
-        model, tokenizer = load_model(asked.model, m.dtype, m.attention, m.trust_remote_code, scorer=True)
-        rows = [dict(zip(("chosen_ids", "rejected_ids"),
-                         token_ids(tokenizer, m.frame, asked.fold_layout, [(p.prompt, p.chosen), (p.prompt, p.rejected)]),
-                         strict=True))
-                for p in parts["train"]]
-        fits = [row for row in rows if max(map(len, row.values())) <= asked.max_tokens]
-        run.update(pairs=len(rows), pairs_too_long=len(rows) - len(fits))
-        if not fits:
-            raise RunError(f"all {len(rows)} training pairs are longer than writing_rm.max_tokens = {asked.max_tokens}")
-        lora = trainers.lora_config(asked.lora, task_type="SEQ_CLS", modules_to_save=["score"])
-        trainer = RewardTrainer(model, args=config, train_dataset=Dataset.from_list(fits), processing_class=tokenizer,
+        model, tokenizer = models.load_model(settings.model, m.dtype, m.attention, m.trust_remote_code, scorer=True)
+        rows = []
+        for pair in parts["train"]:
+            texts = [(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)]
+            chosen_ids, rejected_ids = token_ids(tokenizer, m.frame, settings.fold_layout, texts)
+            if max(len(chosen_ids), len(rejected_ids)) <= settings.max_tokens:
+                rows.append({"chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
+        pairs = len(parts["train"])
+        run.update(pairs=pairs, pairs_too_long=pairs - len(rows))
+        if not rows:
+            raise RunError(f"all {pairs} training pairs are longer than writing_rm.max_tokens = {settings.max_tokens}")
+        lora = trainers.lora_config(settings.lora, task_type="SEQ_CLS", modules_to_save=["score"])
+        trainer = RewardTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                                 peft_config=lora, callbacks=[trainers.Rows(run, trainers.RM_COLUMNS)])
         trained = trainers.train_to_end(trainer, last).eval()
-        quality = evaluate_rm(recipe, run, trained, tokenizer, parts["heldout"])
-        trainers.save_trained(trained, trainer, run, {"writing_rm.json": {
-            "identity": run.fingerprint, "frame": m.frame, "fold_layout": asked.fold_layout, "max_tokens": asked.max_tokens,
-            "floor": quality["floor"]}})
+        measured = evaluate_rm(recipe, run, trained, tokenizer, parts["heldout"])
+        info = {"identity": run.fingerprint, "frame": m.frame, "fold_layout": settings.fold_layout,
+                "max_tokens": settings.max_tokens, "floor": measured["floor"]}
+        trainers.save_trained(trained, trainer, run, {"writing_rm.json": info})
     return run.folder / "model"
 
 
 def evaluate_rm(recipe: Recipe, run: Run, model, tokenizer, heldout: list[Pair]) -> dict:
     """Score held-out pairs and leave `scores.jsonl` and `quality.json` (see `quality`)."""
-    marked = heldout[::_EVERY]
-    asked = [(p.prompt, p.chosen) for p in heldout] + [(p.prompt, p.rejected) for p in heldout]
-    asked += [(p.prompt, markdown(p.chosen)) for p in marked]
-    ids = token_ids(tokenizer, recipe.model.frame, recipe.writing_rm.fold_layout, asked)
-    values = score_ids(model, tokenizer.pad_token_id, [each[-recipe.writing_rm.max_tokens :] for each in ids], 8192)
+    texts = [(pair.prompt, pair.chosen) for pair in heldout] + [(pair.prompt, pair.rejected) for pair in heldout]
+    texts += [(pair.prompt, markdown(pair.chosen)) for pair in heldout[::_EVERY]]
+    ids = token_ids(tokenizer, recipe.model.frame, recipe.writing_rm.fold_layout, texts)
+    scores = score_ids(model, tokenizer.pad_token_id, [text[-recipe.writing_rm.max_tokens :] for text in ids], 8192)
     n = len(heldout)
-    rows = [{"kind": p.kind, "source": p.source, "language": p.language, "chosen": a, "rejected": b,
-             "chosen_words": count_words(p.chosen), "rejected_words": count_words(p.rejected)}
-            for p, a, b in zip(heldout, values[:n], values[n : 2 * n], strict=True)]
-    for row, value in zip(rows[::_EVERY], values[2 * n :], strict=True):
-        row["markdown"] = value
+    rows = [{"kind": pair.kind, "source": pair.source, "language": pair.language, "chosen": chosen, "rejected": rejected,
+             "chosen_words": count_words(pair.chosen), "rejected_words": count_words(pair.rejected)}
+            for pair, chosen, rejected in zip(heldout, scores[:n], scores[n : 2 * n], strict=True)]
+    for row, score in zip(rows[::_EVERY], scores[2 * n :], strict=True):
+        row["markdown"] = score
     run.write("scores", rows)
-    found = quality(rows)
+    measured = quality(rows)
     if main_process():
-        write_atomic(run.folder / "quality.json", json.dumps(found, indent=1))
-    return found
+        write_atomic(run.folder / "quality.json", json.dumps(measured, indent=1))
+    return measured
 
 
 def markdown(text: str) -> str:
-    """The same words with a heading's and a list's marks: a score should not move."""
-    return "\n".join(f"- **{first}** {rest}" for first, _, rest in (s.partition(" ") for s in text.split("\n") if s))
+    """The text with a bullet and a bold first word on each line: the same words, so a score should not move."""
+    words = [line.partition(" ") for line in text.split("\n") if line]
+    return "\n".join(f"- **{first}** {rest}" for first, _, rest in words)
 
 
 def quality(rows: list[dict]) -> dict:
-    """What held-out pairs say of a Writing RM: `accuracy` {kind or all: [share, low, high, pairs]} with Wilson's 95%
+    """Quality of a Writing RM on held-out pairs: `accuracy` {kind or all: [share, low, high, pairs]} with Wilson's 95%
     interval, mean `margin`, `calibration` [[expected, observed win rate, pairs]] in fifths by expectation, and its gap,
     Spearman's correlation of score and words over the preferred texts, mean shift by markdown in standard deviations,
     `languages` {language: mean score}, and `floor`, the lowest score seen: that of an empty answer."""
-    from scipy.stats import binomtest, spearmanr
+    def accuracy(pairs: pd.DataFrame) -> list:
+        wins = int((pairs.chosen > pairs.rejected).sum())
+        interval = binomtest(wins, len(pairs)).proportion_ci(method="wilson")
+        return [wins / len(pairs), interval.low, interval.high, len(pairs)]
 
-    def share(some):
-        wins = sum(row["chosen"] > row["rejected"] for row in some)
-        interval = binomtest(wins, len(some)).proportion_ci(method="wilson")
-        return [wins / len(some), interval.low, interval.high, len(some)]
+    def win_rates(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        return np.where(ours == theirs, 0.5, ours > theirs)
 
-    chosen, rejected = (np.array([row[name] for row in rows]) for name in ("chosen", "rejected"))
-    moved = [row["markdown"] - row["chosen"] for row in rows if "markdown" in row]
-    expected = 1 / (1 + np.exp(-np.abs(chosen - rejected)))
-    observed = np.where(chosen == rejected, 0.5, chosen > rejected)
+    table = pd.DataFrame(rows)
+    chosen, rejected, chosen_words, rejected_words = (
+        table[name].to_numpy() for name in ("chosen", "rejected", "chosen_words", "rejected_words"))
+    expected, observed = 1 / (1 + np.exp(-np.abs(chosen - rejected))), win_rates(chosen, rejected)
     fifths = [part for part in np.array_split(np.argsort(expected), 5) if len(part)]
     calibration = [[float(expected[part].mean()), float(observed[part].mean()), len(part)] for part in fifths]
-    kinds = dict.fromkeys(row["kind"] for row in rows)
+    shifts = [row["markdown"] - row["chosen"] for row in rows if "markdown" in row]
+    by_language = {language: pairs.chosen.to_numpy() for language, pairs in table.groupby("language")}
     return {
-        "accuracy": {kind: share([r for r in rows if r["kind"] == kind]) for kind in kinds} | {"all": share(rows)},
+        "accuracy": {kind: accuracy(pairs) for kind, pairs in table.groupby("kind", sort=False)} | {"all": accuracy(table)},
         "margin": float((chosen - rejected).mean()),
         "calibration": calibration,
         "calibration_gap": float(sum(abs(e - o) * n for e, o, n in calibration) / len(rows)),
-        "length_correlation": _finite(spearmanr(chosen, [row["chosen_words"] for row in rows]).statistic),
-        "length_alone": float(np.mean([0.5 * (r["chosen_words"] == r["rejected_words"])
-                                       + (r["chosen_words"] > r["rejected_words"]) for r in rows])),
-        "markdown_shift": _finite(np.mean(moved) / max(np.concatenate([chosen, rejected]).std(), 1e-9)),
-        "languages": {name: float(np.mean([r["chosen"] for r in rows if r["language"] == name]))
-                      for name in sorted({r["language"] for r in rows})},
+        "length_correlation": _finite(spearmanr(chosen, chosen_words).statistic),
+        "length_alone": float(win_rates(chosen_words, rejected_words).mean()),
+        "markdown_shift": _finite(np.mean(shifts) / max(np.concatenate([chosen, rejected]).std(), 1e-9)),
+        "languages": {language: float(scores.mean()) for language, scores in by_language.items()},
         "floor": float(min(chosen.min(), rejected.min())),
     }
 
 
 def _finite(value) -> float | None:
-    """JSON has no NaN: what cannot be computed is null."""
+    """The value, or None (JSON's null) where it cannot be computed: JSON has no NaN."""
     return float(value) if np.isfinite(value) else None

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lwzlib.method.advantage import MODES, fuse, no_variance
+from lwzlib.method.advantage import MODES, averaged, fuse, no_variance
 
 NAN, ONES = float("nan"), [1.0, 1.0, 1.0]
 
@@ -34,6 +34,14 @@ def _trl_normalize_then_sum(rewards, weights):
     whitened = (grouped - grouped.mean(1, keepdim=True)) / (torch.std(grouped, 1, keepdim=True) + 1e-4)
     summed = (whitened * torch.tensor(weights, dtype=torch.float64)).sum(-1)
     return ((summed - summed.mean()) / (torch.std(summed) + 1e-4)).numpy()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("scale", [1, [1, 40, 0.2]])
+def test_zscore_is_the_papers_three_lines_where_every_reward_is_there_and_varies(seed, scale):
+    rewards = _random(seed) * scale
+    np.testing.assert_allclose(fuse(rewards, ONES, "zscore"), averaged(rewards), rtol=0, atol=5e-3)  # epsilon is 1e-4
+    assert np.abs(averaged(rewards)).max() > 0.5
 
 
 @pytest.mark.parametrize("weights", [ONES, [2.0, 0.0, 1.0], [0.3, 0.3, 5.0]])

@@ -64,10 +64,10 @@ def _one(kind, *originals):
 
 
 @pytest.mark.parametrize(("row", "said"), [
-    ({**GOOD, "prompt": ""}, "prompt: String should have at least 1"), ({**GOOD, "chosen": ""}, "chosen: String should"),
-    ({**GOOD, "rejected": 5}, "rejected: Input should be a valid string"), ({**GOOD, "source": None}, "source: "),
-    ({**GOOD, "score": 1}, "score: Extra inputs"), ({"prompt": "p", "chosen": "c", "source": "s"}, "rejected: Field required"),
-    ({**GOOD, "source": ""}, "source: String should"), ("[1]", "valid dictionary"), ("{", "not JSON")])
+    ({**GOOD, "prompt": ""}, "prompt = '': String should have at least 1"), ({**GOOD, "chosen": ""}, "chosen = '': String"),
+    ({**GOOD, "rejected": 5}, "rejected = 5: Input should be a valid string"), ({**GOOD, "source": None}, "source = None: "),
+    ({**GOOD, "score": 1}, "score = 1: Extra inputs"), ({"prompt": "p", "chosen": "c", "source": "s"}, "rejected: Field req"),
+    ({**GOOD, "source": ""}, "source = '': String should .*a pair has prompt"), ("[1]", "valid dictionary"), ("{", "not JSON")])
 def test_a_broken_row_is_refused_by_file_line_and_field(tmp_path, row, said):
     path = _file(tmp_path, GOOD, "", row, GOOD)
     with pytest.raises(DataError, match=rf"{re.escape(path)}, line 3: .*{said}"):

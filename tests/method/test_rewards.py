@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lwzlib.base.recipe import load_recipe
 from lwzlib.method.prompts import WORKED_EXAMPLES, wrap
 from lwzlib.method.rewards import FormatReward, LengthReward, build_rewards
-from lwzlib.method.text import tags_in_place
+from lwzlib.method.text import parse
 
 PLAN, ANSWER = WORKED_EXAMPLES["en"][0][1:]
 CLEAN = wrap(PLAN, ANSWER, "think")
@@ -71,9 +71,9 @@ def test_partial_credit_counts_tags_in_their_place(text, tags):
 @given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "word "]), max_size=12))
 def test_tags_in_place_are_a_beginning_of_the_form_and_stand_nowhere_else(pieces):
     form = ["<think>", "</think>", "<answer>", "</answer>"]
-    assert [tags_in_place("".join(form[:n]), "think") for n in range(5)] == [0, 1, 2, 3, 4]
+    assert [parse("".join(form[:n]), "think").tags_in_place for n in range(5)] == [0, 1, 2, 3, 4]
     found = [piece for piece in pieces if piece in form]
-    n = tags_in_place("".join(pieces), "think")
+    n = parse("".join(pieces), "think").tags_in_place
     assert found[:n] == form[:n]
     assert not set(found[n:]) & set(form[:n])
 
