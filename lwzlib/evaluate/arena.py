@@ -8,6 +8,7 @@ A judgment is one row: query_id, first, second (the models, in the order shown),
 where the judge gave no valid answer), judge, reason. What they add up to is in `elo`, how far to trust them in `trust`.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -81,14 +82,14 @@ class _Judgment(BaseModel):
     reason: str = ""
 
 
-class _Completion(BaseModel):
-    id: str
-    completion: str
-
-
 class _Verdict(BaseModel):
     winner: Literal["A", "B", "tie"]
     reason: str = ""
+
+
+class _Completion(BaseModel):
+    id: str
+    completion: str
 
 
 def read_arena(source: str) -> Arena:
@@ -113,10 +114,8 @@ def read_arena(source: str) -> Arena:
 
 def _baselines(place: str, responses) -> dict[str, str]:
     if isinstance(responses, str) and responses.strip():
-        try:
+        with contextlib.suppress(ValueError):  # a text that is no JSON is refused below
             responses = json.loads(responses)
-        except ValueError:
-            responses = None
     if isinstance(responses, list) and all(isinstance(response, dict) for response in responses):
         by_model = {response.get("model"): response.get("response") for response in responses}
         responses = by_model if len(by_model) == len(responses) else None
@@ -202,7 +201,7 @@ async def judged_by_llm(arena: Arena, pairs: list[Match], settings: llm.Settings
 
 
 def judge_prompt(arena: Arena, match: Match) -> str:
-    """What the judge is asked, in the language of the request. What a text says of braces stays as it is."""
+    """Prompt for the judge, in the language of the request."""
     request = arena.tasks[match.query_id].question
     first, second = (arena.texts[model][match.query_id] for model in (match.first, match.second))
     return filled(JUDGE[language_of(request)], request=request, first=first, second=second)
@@ -221,8 +220,8 @@ def judged_by_scores(pairs: list[Match], scores: Mapping[tuple[str, str], float]
     rows = []
     for match in pairs:
         difference = scores[match.first, match.query_id] - scores[match.second, match.query_id]
-        winner: str | None = "tie" if abs(difference) <= margin else "first" if difference > 0 else "second"
-        winner = winner if np.isfinite(difference) else None
+        winner = (None if not np.isfinite(difference) else
+                  "tie" if abs(difference) <= margin else "first" if difference > 0 else "second")
         rows.append((*match, winner, judge, f"scores differ by {difference:+.4g}"))
     return judgment_table(rows)
 

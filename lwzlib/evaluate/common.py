@@ -14,7 +14,7 @@ from lwzlib.method.text import parse
 
 
 class Indexed(BaseModel):
-    """A row that names its prompt: `index` is the prompt's number in the benchmark."""
+    """A row with the number of its prompt in the benchmark."""
 
     index: int = Field(strict=True)
 

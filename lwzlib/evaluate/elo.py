@@ -128,6 +128,7 @@ def rate_points(names: list[str], points: np.ndarray, anchor: str, resamples: in
     elo = fit_ratings(points.sum(0), at)
     drawn = bootstrap_points(points, lambda resampled: fit_ratings(resampled, at), resamples, seed)
     low, high = percentile_ends(drawn)
+    # An infinite rating keeps the end that is known; one query says nothing of any end but the anchor's.
     low, high = np.where(np.isfinite(elo) | (elo < 0), low, np.nan), np.where(np.isfinite(elo) | (elo > 0), high, np.nan)
     if len(points) < 2:
         low = high = np.where(np.arange(len(names)) == at, ANCHOR_ELO, np.nan)

@@ -38,18 +38,18 @@ def make_sheet(samples: dict[str, list[dict]], out: Path, pairs_per_query: int =
     drawn = _draw(arms, pairs_per_query, random.Random(seed))
     if not drawn:
         raise DataError(f"no query was answered by two of the arms {', '.join(arms)}: nothing can be compared")
-    names = [f"p{number:0{len(str(len(drawn)))}}" for number in range(1, len(drawn) + 1)]
-    key = {name: {"query_id": query, "left": left, "right": right}
-           for name, (query, left, right) in zip(names, drawn, strict=True)}
-    pairs = [_shown(name, *(arms[pair[side]][pair["query_id"]] for side in ("left", "right")))
-             for name, pair in key.items()]
+    key, pairs, digits = {}, [], len(str(len(drawn)))
+    for number, (query, left, right) in enumerate(drawn, 1):
+        name = f"p{number:0{digits}}"
+        key[name] = {"query_id": query, "left": left, "right": right}
+        pairs.append(_page_pair(name, arms[left][query], arms[right][query]))
     sheet = hashlib.sha256(json.dumps([pairs, key]).encode()).hexdigest()[:12]
+    if key_of(out).exists() and _json(key_of(out), "sheet")["sheet"] != sheet:
+        raise DataError(f"{key_of(out)} is the key of another sheet, and the only one; choose another name for this sheet")
     chinese = sum(pair["lang"] == "zh" for pair in pairs) * 2 > len(pairs)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template("rating_sheet.html.j2").render(
         sheet={"sheet": sheet, "lang": "zh" if chinese else "en", "pairs": pairs})
-    if key_of(out).exists() and _json(key_of(out), "sheet")["sheet"] != sheet:
-        raise DataError(f"{key_of(out)} is the key of another sheet, and the only one; choose another name for this sheet")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(key_of(out), json.dumps({"sheet": sheet, "seed": seed, "pairs": key}, ensure_ascii=False, indent=1))
     write_atomic(out, page)
@@ -57,7 +57,7 @@ def make_sheet(samples: dict[str, list[dict]], out: Path, pairs_per_query: int =
 
 
 def key_of(sheet: Path) -> Path:
-    """Where the key of a sheet stands."""
+    """Path of the key of a sheet."""
     return sheet.with_suffix(".key.json")
 
 
@@ -67,35 +67,35 @@ def unblind(export: Path, key: Path) -> list[dict]:
     `first` is the arm whose text stood on the left; `winner` is first, second or tie. Pairs without a choice are left out.
     Raises DataError if either file is broken, or the export is of another sheet or has an unknown pair or choice.
     """
-    said, known = _json(export, "sheet", "rater", "choices"), _json(key, "sheet", "pairs")
-    if said["sheet"] != known["sheet"]:
-        raise DataError(f"{export} is of sheet {said['sheet']!r}, but {key} is the key of sheet {known['sheet']!r}")
-    if not isinstance(said["rater"], str) or not said["rater"].strip():
-        raise DataError(f"{export}: rater = {said['rater']!r}; a judgment needs the rater's name")
-    if not isinstance(choices := said["choices"], dict):
+    exported, known = _json(export, "sheet", "rater", "choices"), _json(key, "sheet", "pairs")
+    rater, choices = exported["rater"], exported["choices"]
+    if exported["sheet"] != known["sheet"]:
+        raise DataError(f"{export} is of sheet {exported['sheet']!r}, but {key} is the key of sheet {known['sheet']!r}")
+    if not isinstance(rater, str) or not rater.strip():
+        raise DataError(f"{export}: rater = {rater!r}; a judgment needs the rater's name")
+    if not isinstance(choices, dict):
         raise DataError(f"{export}: choices = {choices!r:.80}; it must be {{pair: choice}}")
     for pair, choice in choices.items():
         if pair not in known["pairs"]:
             raise DataError(f"{export}: there is no pair {pair!r} in {key}")
         if not isinstance(choice, str) or choice not in _WINNER:
             raise DataError(f"{export}: {pair} = {choice!r}; a choice is {', '.join(_WINNER)}")
-    return [{"query_id": pair["query_id"], "first": pair["left"], "second": pair["right"],
-             "winner": _WINNER[choices[name]], "judge": said["rater"].strip()}
-            for name, pair in known["pairs"].items() if name in choices]
+    return [{"query_id": pair["query_id"], "first": pair["left"], "second": pair["right"], "winner": _WINNER[choices[name]],
+             "judge": rater.strip()} for name, pair in known["pairs"].items() if name in choices]
 
 
 def _by_query(arm: str, rows: list[dict]) -> dict[str, dict]:
     if not rows:
         raise DataError(f"arm {arm} has no samples")
-    found: dict[str, dict] = {}
+    samples = {}
     for number, row in enumerate(rows, 1):
         for field in ("id", "query", "completion"):
             if not isinstance(row.get(field), str):
                 raise DataError(f"arm {arm}, row {number}: {field} = {row.get(field)!r:.80}; a text is needed")
-        if row["id"] in found:
-            raise DataError(f"arm {arm}, row {number}: a second sample of query {row['id']!r}; give one a query")
-        found[row["id"]] = row
-    return found
+        if row["id"] in samples:
+            raise DataError(f"arm {arm}, row {number}: a second sample of query {row['id']!r}; give one per query")
+        samples[row["id"]] = row
+    return samples
 
 
 def _draw(arms: dict[str, dict], pairs_per_query: int, chance: random.Random) -> list[tuple[str, str, str]]:
@@ -114,7 +114,7 @@ def _draw(arms: dict[str, dict], pairs_per_query: int, chance: random.Random) ->
     return drawn
 
 
-def _shown(name: str, left: dict, right: dict) -> dict:
+def _page_pair(name: str, left: dict, right: dict) -> dict:
     texts = [shown(row["completion"]) for row in (left, right)]
     return {"pair": name, "query": left["query"], "lang": language_of(left["query"]),
             "texts": [{"text": text, "lang": language_of(text)} for text in texts]}

@@ -1,7 +1,7 @@
-"""How far judgments can be trusted: agreement of two judges, liking for one's own family, for a place, for length; and
-whether the Writing RM, which pays in training, ranks checkpoints as the arena does.
+"""How far judgments can be trusted: agreement of two judges, liking for a place and for length; and whether the Writing RM,
+which pays in training, ranks checkpoints as the arena does.
 
-The paper reports none of this. Every interval is 95% and treats queries as what was sampled, as in `elo`.
+The paper reports none of this. Every interval is 95%; all but the last treat queries as what was sampled, as in `elo`.
 """
 
 from collections.abc import Mapping
@@ -22,24 +22,20 @@ _ANSWERS = ("first", "second", "tie")
 class Estimate:
     """A value with the ends of its 95% interval. What cannot be said is NaN, and `note` says why."""
 
-    value: float
-    low: float
-    high: float
-    n: int  # things compared
+    value: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
+    n: int = 0  # things compared
     note: str = ""
-
-
-def _unknown(n: int, note: str) -> Estimate:
-    return Estimate(np.nan, np.nan, np.nan, n, note)
 
 
 def _bootstrapped(value: float, drawn: np.ndarray, n: int, queries: int, undefined: str) -> Estimate:
     """Estimate from the values `drawn` by resampling; `undefined` is the note of a value that is NaN."""
     drawn = drawn[~np.isnan(drawn)]
     if np.isnan(value):
-        return _unknown(n, undefined)
+        return Estimate(n=n, note=undefined)
     if queries < 2 or not len(drawn):
-        return Estimate(value, np.nan, np.nan, n, "one query only: no interval")
+        return Estimate(value, n=n, note="one query only: no interval")
     low, high = percentile_ends(drawn)
     return Estimate(value, float(low), float(high), n)
 
@@ -121,9 +117,9 @@ def length_bias(judgments: pd.DataFrame, words: Mapping[tuple[str, str], int], s
         columns += [known["first"].eq(name) * 1.0 - known["second"].eq(name) for name in elo.players(known)[0][1:]]
     design = np.column_stack(columns).astype(float)
     if not n or np.linalg.matrix_rank(design) < design.shape[1]:
-        return _unknown(n, "length, strength and place cannot be told apart here")
+        return Estimate(n=n, note="length, strength and place cannot be told apart here")
     if _separated(design, points):
-        return _unknown(n, "perfectly separated: the longer text or some model always won")
+        return Estimate(n=n, note="perfectly separated: the longer text or some model always won")
     slope, error = _logistic(design, points, pd.factorize(known.query_id, sort=True)[0])
     return Estimate(slope, slope - 1.96 * error, slope + 1.96 * error, n)
 
@@ -175,10 +171,10 @@ def _spearman(one: pd.Series, other: pd.Series) -> Estimate:
     n = len(one)
     r = one.rank().corr(other.rank()) if n > 1 else np.nan
     if np.isnan(r):
-        return _unknown(n, "fewer than two checkpoints, or one of the two never changes")
+        return Estimate(n=n, note="fewer than two checkpoints, or one of the two never changes")
     if n < 4:
-        return Estimate(r, np.nan, np.nan, n, "no interval: fewer than four checkpoints")
+        return Estimate(r, n=n, note="no interval: fewer than four checkpoints")
     if abs(r) > 1 - 1e-12:
-        return Estimate(r, np.nan, np.nan, n, "no interval: the ranks agree or disagree fully")
+        return Estimate(r, n=n, note="no interval: the ranks agree or disagree fully")
     z, error = np.arctanh(r), 1.96 * np.sqrt((1 + r**2 / 2) / (n - 3))
     return Estimate(r, np.tanh(z - error), np.tanh(z + error), n)

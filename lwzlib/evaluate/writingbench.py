@@ -118,24 +118,22 @@ def read_requirements(folder: str | Path, bench: dict[int, Item]) -> dict[str, d
     requirements = {}
     for requirement in REQUIREMENTS:
         path = Path(folder) / requirement / f"{requirement}_subset.jsonl"
-        own = read_indexed(path.with_stem(f"{requirement}_subset_C"), Own)
-        requirements[requirement] = {}
+        criteria, names = read_indexed(path.with_stem(f"{requirement}_subset_C"), Own), {}
         for index, (place, _) in read_indexed(path, Indexed).items():
-            if index not in own:
+            if index not in criteria:
                 raise DataError(f"{place}: index {index} is not in {requirement}_subset_C.jsonl, which has its criteria")
             if index in bench:
-                place_of_names, row = own[index]
-                names = [criterion.name for criterion in row.checklist]
-                _check_names(place_of_names, names, bench[index])
-                requirements[requirement][index] = names
+                place, row = criteria[index]
+                names[index] = [criterion.name for criterion in row.checklist]
+                _check_names(place, names[index], bench[index])
+        requirements[requirement] = names
     return requirements
 
 
 def _check_names(place: str, names: Iterable[str], item: Item) -> None:
-    for name in names:
-        if name not in item.names:
-            known = ", ".join(map(repr, item.names))
-            raise DataError(f"{place}: query {item.index} has no criterion {name!r}; it has {known}")
+    if unknown := [name for name in names if name not in item.names]:
+        known = ", ".join(map(repr, item.names))
+        raise DataError(f"{place}: query {item.index} has no criterion {unknown[0]!r}; it has {known}")
 
 
 def write_scores(path: Path, bench: dict[int, Item], judgments: dict[int, Judgments]) -> None:

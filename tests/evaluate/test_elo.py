@@ -81,7 +81,7 @@ def test_intervals_cover_at_the_stated_rate():
     for seed in range(200):
         points = simulated(rng, 60)
         drawn = elo.bootstrap_points(points, lambda some: elo.fit_ratings(some, 0), 100, seed)
-        low, high = intervals.percentile_ends(drawn, 0.95)
+        low, high = intervals.percentile_ends(drawn)
         inside.append(((low <= TRUE) & (high >= TRUE))[1:])
     assert np.mean(inside) == pytest.approx(0.95, abs=3 * 0.0154 + 0.01)
 
@@ -91,7 +91,7 @@ def test_resampling_judgments_instead_of_queries_would_be_too_sure():
     points = simulated(np.random.default_rng(2), 100)
     halves = np.concatenate([points / 2, points / 2])  # each order a unit of its own
     drawn = [elo.bootstrap_points(sampled, lambda counted: elo.fit_ratings(counted, 0), 400, 0) for sampled in (points, halves)]
-    widths = [np.ptp(intervals.percentile_ends(ratings, 0.95), axis=0)[1:].mean() for ratings in drawn]
+    widths = [np.ptp(intervals.percentile_ends(ratings), axis=0)[1:].mean() for ratings in drawn]
     assert widths[1] / widths[0] == pytest.approx(np.sqrt(0.5), abs=0.08)
 
 
