@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from lwzlib.base.models import embed
 from lwzlib.base.provenance import provenance
 from lwzlib.base.recipe import load_recipe
 from lwzlib.method import overlap, text
@@ -112,7 +113,7 @@ def semantic(components, words, count) -> str:
     runs_ = [" ".join(passages[i][0] for i in run) for passages in counted
              for run in overlap.runs_of(*map(list, zip(*passages, strict=True)))]
     start = time.perf_counter()
-    overlap.encode(runs_, components["format"].encoder)
+    embed(runs_, components["format"].encoder)
     alone = time.perf_counter() - start
     return (f"| {words:,} | {count} | {len(runs_):,} | {ours:.3g} | {alone:.3g} | {ours / alone:.2f} | "
             f"{ours * 1e6 / words / count:.0f} |")
@@ -134,7 +135,7 @@ def main(quick: bool) -> None:
     lines += ["", "Growth of one English completion's time, microseconds per word (median of 3):", "",
               "| words | " + " | ".join(KINDS) + " |", "|--:|" + "--:|" * len(KINDS)]
     lines += [f"| {n:,} | " + " | ".join(f"{growth(components, kind, n):.1f}" for kind in KINDS) + " |" for n in sizes]
-    overlap.encode(["warm up"], both["format"].encoder)
+    embed(["warm up"], both["format"].encoder)
     lines += ["", "With the semantic signal, English, honest: length and format rewards against embedding each run once.", "",
               "| words | completions | runs | rewards, s | embedding alone, s | ratio | rewards, microseconds per word |",
               "|--:|--:|--:|--:|--:|--:|--:|"]

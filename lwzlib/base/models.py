@@ -1,6 +1,7 @@
-"""Load a language model and its tokenizer by name: a model of the kit (`base.kit`), a folder, or a name on the hub."""
+"""Load a language model, its tokenizer, or a sentence encoder by name: of the kit (`base.kit`), a folder, or one on the hub."""
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 
@@ -79,3 +80,23 @@ def unsharded():
     finally:
         if active:
             zero.set_hf_deepspeed_config(active)
+
+
+@functools.cache
+def _load_encoder(name: str):
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:  # bfloat16: three times as fast on CPU, cosines equal to three digits
+        with torch.random.fork_rng(), unsharded():  # loaded in the midst of training
+            return SentenceTransformer(resolve(name), model_kwargs={"dtype": torch.bfloat16})
+    except OSError as error:
+        raise ModelError(f"cannot load sentence encoder {name}: {str(error).splitlines()[0]}") from error
+
+
+def embed(texts: list[str], name: str, batch: int = 64):
+    """Unit vectors (n, d) float32 by a sentence encoder. A text longer than its context is cut (256 tokens for kit:minilm)."""
+    encoder = _load_encoder(name)
+    return encoder.encode(texts, batch_size=batch, normalize_embeddings=True, show_progress_bar=False).astype("float32")

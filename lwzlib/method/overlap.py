@@ -21,8 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lwzlib.base.kit import ModelError
-from lwzlib.base.models import resolve, unsharded
 from lwzlib.method.text import count_passages, fold, has_han, split_passages
 
 _LATIN_CHARS, _HAN_CHARS = 5, 2  # of an n-gram
@@ -213,23 +211,3 @@ def first_alike(vectors: np.ndarray, same_meaning: float) -> dict[int, int]:
             kept_vectors[len(kept)] = vector
             kept.append(i)
     return alike
-
-
-@functools.cache
-def _load_encoder(name: str):
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:  # bfloat16: three times as fast on CPU, cosines equal to three digits
-        with torch.random.fork_rng(), unsharded():  # loaded in the midst of training
-            return SentenceTransformer(resolve(name), model_kwargs={"dtype": torch.bfloat16})
-    except OSError as error:
-        raise ModelError(f"cannot load sentence encoder {name}: {str(error).splitlines()[0]}") from error
-
-
-def encode(texts: list[str], name: str, batch: int = 64) -> np.ndarray:
-    """Unit vectors (n, d) float32. A text longer than the encoder's context is cut (256 tokens for kit:minilm)."""
-    encoder = _load_encoder(name)
-    return encoder.encode(texts, batch_size=batch, normalize_embeddings=True, show_progress_bar=False).astype(np.float32)

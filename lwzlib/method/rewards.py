@@ -15,8 +15,9 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+from lwzlib.base.models import embed
 from lwzlib.base.recipe import Recipe
-from lwzlib.method.overlap import Meaning, Overlap, encode, find_overlaps
+from lwzlib.method.overlap import Meaning, Overlap, find_overlaps
 from lwzlib.method.text import Parsed, Style, count_words, parse
 from lwzlib.method.writing_rm import Scorer, read_info, remote_scores
 
@@ -89,7 +90,7 @@ class FormatReward:
         """Passages of each answer that repeat itself or its plan; by meaning too where there is an `encoder`."""
         meaning = None
         if self.encoder:
-            meaning = Meaning(functools.partial(encode, name=self.encoder), self.same_meaning, self.encoder_languages)
+            meaning = Meaning(functools.partial(embed, name=self.encoder), self.same_meaning, self.encoder_languages)
         return find_overlaps(answers, self.near_duplicate, plans, meaning)
 
     def structure(self, parsed: Parsed, style: Style) -> float:

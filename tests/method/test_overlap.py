@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lwzlib.base.kit import MINILM, is_prepared
+from lwzlib.base.models import embed
 from lwzlib.method import overlap
 from lwzlib.method.overlap import Meaning, find_overlap, find_overlaps, first_alike, runs_of
 from lwzlib.method.text import count_words, split_passages
@@ -312,11 +313,11 @@ def test_the_kits_encoder_knows_a_restatement_from_another_subject():
     restated = ("This summer the library of the town shuts for six weeks so that its roof can be replaced. Books may be "
                 "returned at the school over the road, and what was lent in June is not due before September. Meanwhile one "
                 "can use the reading room on Saturdays, and children meet in the hall of the church beside it.")
-    vectors = overlap.encode([text, other, restated], MINILM)
+    vectors = embed([text, other, restated], MINILM)
     assert (vectors.dtype, vectors.shape) == (np.float32, (3, 384))
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2)
     assert vectors[0] @ vectors[2] > 0.8 > 0.4 > vectors[0] @ vectors[1]
-    meaning = Meaning(lambda texts: overlap.encode(texts, MINILM), 0.8)
+    meaning = Meaning(lambda texts: embed(texts, MINILM), 0.8)
     found = find_overlap(f"{text}\n\n{other}\n\n{restated}", NEAR, meaning=meaning)
     first = len(split_passages(text)) + len(split_passages(other))
     assert (found.lexical, found.semantic) == ({}, dict.fromkeys(range(first, len(found.passages)), 0))
