@@ -118,7 +118,7 @@ def checked_parameters(nb, site: Profile) -> dict:
 
 
 def _check_fit(recipe: Recipe, site: Profile) -> None:
-    """Raises ClusterError for GRPO that needs more nodes than the job has, or more memory than its GPUs have."""
+    """Raise ClusterError for GRPO that needs more nodes than the job has, or more memory than its GPUs have."""
     if recipe.launch not in ("torchrun", "slurm") or not site.gpu:
         return
     from lwzlib.cluster.estimate import GPUS, make_plan, problems

@@ -43,7 +43,7 @@ _OUT_OF_MEMORY = re.compile(r"exceeded (job |step )?memory limit|oom[-_ ]kill|ou
 
 
 class SlurmStatus(NamedTuple):
-    """What Slurm says of a job."""
+    """Slurm's word on a job."""
 
     state: str  # as Slurm calls it; UNKNOWN where it has no such job
     reason: str = ""
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def record(self) -> dict:
-        """What was submitted."""
+        """Content of `job.json`: what was submitted."""
         return json.loads((self.folder / "job.json").read_text())
 
     def note(self, **more) -> None:
@@ -77,7 +77,7 @@ class Job:
 
     @property
     def report(self) -> dict:
-        """What the job reports of itself; {} before it starts."""
+        """Content of `state.json`: the job's own account; {} before it starts."""
         try:
             return json.loads((self.folder / "state.json").read_text())  # opening it makes NFS look at the server
         except FileNotFoundError:
@@ -149,7 +149,7 @@ def describe(report: dict, status: SlurmStatus | None) -> str:
 
 
 def ask_slurm(job_id: str) -> SlurmStatus | None:
-    """What Slurm says of a job now; None where it does not answer."""
+    """Slurm's word on a job now; None where it does not answer."""
     try:
         answer = run_command("scontrol", "-o", "show", "job", job_id, timeout=60)
     except (subprocess.TimeoutExpired, FileNotFoundError):

@@ -82,7 +82,7 @@ class Profile(Section):
         return ROOT / self.jobs
 
     def __str__(self) -> str:
-        """What the job asks for, as an error of Slurm is explained."""
+        """Short account of what the job asks for, for an error of Slurm."""
         gpus = self.gres or (f"{self.gpus_per_node} GPUs" if self.gpus_per_node else "no GPU")
         memory = f"{self.memory_gb_per_node} GB" if self.memory_gb_per_node else "all memory"
         return (f"partition {self.partition or 'by default'}, account {self.account or 'by default'}, {self.nodes} x "
