@@ -24,10 +24,10 @@ from lwzlib.lab import hacks
 from lwzlib.method import rewards, writing_rm
 from lwzlib.method.advantage import fuse
 from lwzlib.method.prompts import wrap
+from lwzlib.method.queries import load_queries
 from lwzlib.method.rewards import WritingReward, build_rewards
 from lwzlib.method.text import parse
 from lwzlib.method.writing_rm import Scorer, score_ids, scores_together
-from lwzlib.pipeline import launch
 from lwzlib.pipeline.stages import run_stage
 
 QUERIES = ["Write about rain.", "Write about bread.", "写一写雨。"]
@@ -202,7 +202,7 @@ def test_grpo_trains_on_three_rewards(arms, smoke_rm, reward):
     for row in metrics:
         own = [c["writing"] for c in completions if c["step"] == row["step"]]
         assert np.isfinite(row["writing"]) and row["writing"] == pytest.approx(np.mean(own), abs=1e-5)
-    queries = {q.id: q.query for q in launch.data.load(arms.data.train)}
+    queries = {q.id: q.query for q in load_queries(arms.data.train)}
     again = reward([c["completion"] for c in completions], ["think"] * 24, [queries[c["id"]] for c in completions])
     np.testing.assert_allclose([c["writing"] for c in completions], again, atol=1e-4)
     answered = [bool(parse(c["completion"], "think").answer) for c in completions]
