@@ -10,12 +10,12 @@ from lwzlib.pipeline.stages import stage_run
 def killed_then_finished(stage, recipe, root, moments, arm=None):
     """The Run. `moments`: for each kill a function of the Run, true when it is time. Fails if the stage ends before a kill."""
     run = stage_run(stage, recipe, root, 0, arm)
-    command = [sys.executable, "-m", "lwzlib.cli.main", "stage", stage, "-", "--run-dir", str(root)]
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "asked.yaml").write_text(recipe.model_dump_json())  # JSON is YAML
+    command = [sys.executable, "-m", "lwzlib.cli.main", "stage", stage, str(root / "asked.yaml"), "--run-dir", str(root)]
     command += ["--arm", arm] if arm else []
     for is_time in [*moments, None]:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        process.stdin.write(recipe.model_dump_json().encode())
-        process.stdin.close()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while is_time and process.poll() is None and not is_time(run):
             time.sleep(0.005)
         if is_time:

@@ -1,58 +1,59 @@
-"""What this machine has, what a missing part disables, and how to mend it."""
+"""The command `lwz doctor`: what this machine has, what a missing part disables, and how to mend it."""
 
-import dataclasses
 import importlib.metadata
 import shutil
 
-from lwzlib.base.kit import LONGBENCH, MINILM, SHAKESPEARE, SMOLLM2, THREE_KINGDOMS, cache, is_prepared
+import typer
+from rich.markup import escape
+from rich.table import Table
 
-_PARTS = {
-    SMOLLM2: "nano and laptop recipes, notebooks 00, 03, 04, 05, 06",
-    MINILM: "the semantic half of the format reward",
-    SHAKESPEARE: "English human text for the Writing RM and pretraining",
-    THREE_KINGDOMS: "Chinese human text for the Writing RM and pretraining",
+from lwzlib.base.kit import LONGBENCH, MINILM, PARTS, SHAKESPEARE, SMOLLM2, THREE_KINGDOMS, cache, is_prepared
+from lwzlib.cli.options import out
+
+app = typer.Typer()
+_GPU_EXTRA = "pip install -e '.[gpu]'"
+_NEEDED = {  # by the nano recipe: {part: (what it disables, how to mend)}
+    SMOLLM2: ("nano and laptop recipes, notebooks 00, 03, 04, 05, 06", "lwz prepare"),
+    MINILM: ("the semantic half of the format reward", "lwz prepare"),
+    SHAKESPEARE: ("English human text for the Writing RM and pretraining", "lwz prepare"),
+    THREE_KINGDOMS: ("Chinese human text for the Writing RM and pretraining", "lwz prepare"),
+    **dict.fromkeys(("torch", "transformers", "trl", "papermill"), ("everything that trains", "make setup")),
 }
+_USEFUL = {
+    LONGBENCH: ("LongBench-Write", "lwz prepare"),
+    "CUDA GPU": ("recipes gpu and paper", "run on a machine with an NVIDIA GPU and its driver"),
+    "vllm": ("fast generation in recipes gpu and paper", f"{_GPU_EXTRA} (Linux, GPU)"),
+    "deepspeed": ("sharded training of large models", f"{_GPU_EXTRA} (Linux)"),
+    "Slurm": ("multi-node jobs", "log in to a Slurm cluster"),
+    "Chromium": ("the browser test of the report", "apt-get install chromium"),
+}
+_PROGRAMS = {"Slurm": "sbatch", "Chromium": "chromium"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """`found` is empty if the part is missing; `needed` parts are those that the nano recipe cannot do without."""
-
-    part: str
-    found: str
-    disables: str
-    mend: str
-    needed: bool = False
-
-
-def examine() -> list[Check]:
-    """Every part that the kit can use, found or not."""
-    found = [Check(name, str(cache()) if is_prepared(name) else "", disables, "lwz prepare", True)
-             for name, disables in _PARTS.items()]
-    for package in ("torch", "transformers", "trl", "papermill"):
-        found.append(Check(package, _version(package), "everything that trains", "make setup", True))
-    found += [
-        Check(LONGBENCH, str(cache()) if is_prepared(LONGBENCH) else "", "LongBench-Write",
-              "lwz prepare"),
-        Check("CUDA GPU", _gpu(), "recipes gpu and paper", "run on a machine with an NVIDIA GPU and its driver"),
-        Check("vllm", _version("vllm"), "fast generation in recipes gpu and paper", "pip install -e '.[gpu]' (Linux, GPU)"),
-        Check("deepspeed", _version("deepspeed"), "sharded training of large models", "pip install -e '.[gpu]' (Linux)"),
-        Check("Slurm", shutil.which("sbatch") or "", "multi-node jobs", "log in to a Slurm cluster"),
-        Check("Chromium", shutil.which("chromium") or "", "the browser test of the report", "apt-get install chromium"),
-    ]
-    return found
+@app.command()
+def doctor():
+    """Say what is missing, what that disables, and how to mend it. Exit code 1 if the nano recipe cannot run."""
+    table, missing = Table("", "part", "found", "without it", "how to mend"), set()
+    for part, (disables, mend) in (_NEEDED | _USEFUL).items():
+        if place := _place(part):
+            table.add_row("ok", part, place, disables, "")
+        else:
+            missing.add(part)
+            table.add_row("--", part, "no", disables, escape(mend))
+    out.print(table)
+    raise typer.Exit(int(bool(missing & set(_NEEDED))))
 
 
-def _version(package: str) -> str:
+def _place(part: str) -> str:
+    """Place of a part, or its version; empty if it is missing."""
+    if part in PARTS:
+        return str(cache()) if is_prepared(part) else ""
+    if part in _PROGRAMS:
+        return shutil.which(_PROGRAMS[part]) or ""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _gpu() -> str:
-    try:
+        if part != "CUDA GPU":
+            return importlib.metadata.version(part)
         import torch
-    except ImportError:
+    except ImportError:  # also of importlib.metadata: no such package
         return ""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""

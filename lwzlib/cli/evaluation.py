@@ -5,33 +5,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from lwzlib.base.recipe import parse_overrides
+from lwzlib.cli.options import KeyEnv, Requests, endpoint, out, say
 from lwzlib.evaluate import TIE_MARGIN
 
 app = typer.Typer()
-out = Console()
 Bench = Annotated[str, typer.Argument(help="writingbench or longbench.")]
 Source = Annotated[str, typer.Option(help="The benchmark's file or hub:<dataset>, where the kit does not bring it along.")]
 RunDir = Annotated[Path, typer.Argument(help="A run folder whose arms have held-out samples.")]
 Anchor = Annotated[str, typer.Option(help="Who stands at 1000; default: the first by name.")]
 BaseUrl = Annotated[str, typer.Option(help="A language model at this OpenAI-compatible address.")]
 ModelName = Annotated[str, typer.Option(help="Its name there.")]
-KeyEnv = Annotated[str, typer.Option(help="Name of the variable that holds the key.")]
 Requirements = Annotated[str, typer.Option(help="WritingBench's folder of style, format and length subsets.")]
-Asking = Annotated[list[str] | None, typer.Option(
-    "--set", "-s", help="How it is asked: concurrency=64, budget_requests=1000, sampling.temperature=0, ...; repeatable")]
-
-
-def _settings(base_url: str, model: str, api_key_env: str, sets: list[str] | None):
-    from lwzlib.base.recipe import parse_overrides
-    from lwzlib.endpoints import llm
-
-    given = parse_overrides(sets)
-    sampling = {name.removeprefix("sampling."): value for name, value in given.items() if name.startswith("sampling.")}
-    others = {name: value for name, value in given.items() if not name.startswith("sampling.")}
-    return llm.configure(base_url=base_url, model=model, api_key_env=api_key_env, sampling=sampling, **others)
 
 
 @app.command()
@@ -44,34 +31,36 @@ def generate(bench: Annotated[str, typer.Argument(help="writingbench, longbench,
              batch: int = 8, seed: int = 0, base_url: BaseUrl = "", api_key_env: KeyEnv = "OPENAI_API_KEY",
              decoding: Annotated[list[str] | None, typer.Option(
                  help="Another decoding than the benchmark's: max_new_tokens=2000; repeatable")] = None,
-             sets: Asking = None):
+             sets: Requests = None):
     """Write a model's completions of a benchmark's requests, with the benchmark's sampling; the same command goes on."""
-    from lwzlib.base.recipe import parse_overrides
     from lwzlib.endpoints import engines
     from lwzlib.evaluate import benches
 
-    made = {"transformers": lambda: engines.transformers(model, "bfloat16", "sdpa", batch),
-            "vllm": lambda: engines.vllm(model, dtype="bfloat16"),
-            "server": lambda: engines.server(_settings(base_url, model, api_key_env, sets), to.with_suffix(".replies.jsonl"))}
-    rows = benches.generate(bench, source, made[engine](), style, frame, to, seed, parse_overrides(decoding))
-    cut, refused = (sum(bool(row[what]) for row in rows) for what in ("truncated", "error"))
-    out.print(f"{to}: {len(rows) - refused} responses, {cut} of them truncated; {refused} requests refused", highlight=False)
+    if engine == "transformers":
+        writer = engines.transformers(model, "bfloat16", "sdpa", batch)
+    elif engine == "vllm":
+        writer = engines.vllm(model, dtype="bfloat16")
+    else:
+        writer = engines.server(endpoint(base_url, model, api_key_env, sets), to.with_suffix(".replies.jsonl"))
+    rows = benches.generate(bench, source, writer, style, frame, to, seed, parse_overrides(decoding))
+    truncated, refused = sum(bool(row["truncated"]) for row in rows), sum(bool(row["error"]) for row in rows)
+    say(f"{to}: {len(rows) - refused} responses, {truncated} of them truncated; {refused} requests refused")
 
 
 @app.command()
 def judge(bench: Bench, responses: Path, to: Annotated[Path, typer.Option(help="The score file.")],
           base_url: BaseUrl, model: ModelName, source: Source = "",
           samples: Annotated[int, typer.Option(help="Judgments of the same.")] = 1, requirements: Requirements = "",
-          api_key_env: KeyEnv = "OPENAI_API_KEY", sets: Asking = None):
+          api_key_env: KeyEnv = "OPENAI_API_KEY", sets: Requests = None):
     """Let a language model score responses, by the benchmark's own protocol, into its own score file; then aggregate. The
     same command goes on where it stopped, and asks nothing again that was answered."""
     from lwzlib.evaluate import common
 
     module, items = _protocol(bench, source)
     answers = common.read_responses(responses, items)
-    settings = _settings(base_url, model, api_key_env, sets)
+    settings = endpoint(base_url, model, api_key_env, sets)
     _, missing = asyncio.run(module.judge_responses(settings, items, answers, to, samples))
-    out.print(f"{to}: {len(answers)} responses judged; {len(missing)} judgments had no valid answer", highlight=False)
+    say(f"{to}: {len(answers)} responses judged; {len(missing)} judgments had no valid answer")
     aggregate(bench, to, source, responses, requirements)
 
 
@@ -84,13 +73,12 @@ def aggregate(bench: Bench, scores: Path, source: Source = "",
     from lwzlib.evaluate.writingbench import read_requirements
 
     module, items = _protocol(bench, source)
-    given = module.read_scores(scores, items)
+    item_scores = module.read_scores(scores, items)
     if bench == "writingbench":
-        table = module.score_table(items, given, read_requirements(requirements, items) if requirements else None)
+        table = module.score_table(items, item_scores, read_requirements(requirements, items) if requirements else None)
     else:
-        table = module.score_table(items, common.read_responses(responses, items) if responses else {}, given)
-    text = table.to_string(index=False, float_format="{:.2f}".format)
-    out.print(f"{bench}: {scores}\n{text}", highlight=False, soft_wrap=True)
+        table = module.score_table(items, common.read_responses(responses, items) if responses else {}, item_scores)
+    say(f"{bench}: {scores}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")
 
 
 def _protocol(bench: str, source: str):
@@ -111,26 +99,24 @@ def arena(source: Annotated[str, typer.Argument(help="A run folder with samples,
           to: Annotated[Path | None, typer.Option(help="The judgments; default: arena.jsonl, in the run folder.")] = None,
           writing_rm: Annotated[str, typer.Option(help="Judge by score: a Writing RM's folder. Default: the run's own.")] = "",
           margin: Annotated[float, typer.Option(help="Scores that differ by no more are a tie.")] = TIE_MARGIN,
-          base_url: BaseUrl = "", model: ModelName = "", api_key_env: KeyEnv = "OPENAI_API_KEY", sets: Asking = None):
+          base_url: BaseUrl = "", model: ModelName = "", api_key_env: KeyEnv = "OPENAI_API_KEY", sets: Requests = None):
     """Judge every pair of models on the requests, in both orders; Elo with intervals."""
-    from lwzlib.base.recipe import parse_overrides
     from lwzlib.evaluate import arena as arenas
-    from lwzlib.evaluate.arena import read_arena, save_judgments
 
     run = Path(source) if Path(source).is_dir() else None
-    made = arenas.of_samples(arenas.samples_of_run(run)) if run else read_arena(source)
+    players = arenas.of_samples(arenas.samples_of_run(run)) if run else arenas.read_arena(source)
     for name, file in parse_overrides(player).items():
-        made = made.joined_by(name, arenas.read_player(file, made))
+        players = players.joined_by(name, arenas.read_player(file, players))
     to = to or (run or Path()) / "arena.jsonl"
     if base_url:
-        settings = _settings(base_url, model, api_key_env, sets)
-        judgments = asyncio.run(arenas.judged_by_llm(made, arenas.matches(made), settings, to.with_suffix(".replies.jsonl")))
+        settings, replies = endpoint(base_url, model, api_key_env, sets), to.with_suffix(".replies.jsonl")
+        judgments = asyncio.run(arenas.judged_by_llm(players, arenas.matches(players), settings, replies))
     else:
-        judgments = arenas.judged_by_writing_rm(made, writing_rm or (run or Path()) / "writing-rm" / "model", margin)
-        out.print("The judge is a Writing RM. Of the arms that were trained on it, it shows what they learnt, not how "
-                  "well they write.", soft_wrap=True)
-    save_judgments(to, judgments)
-    _ratings(judgments, anchor)
+        judgments = arenas.judged_by_writing_rm(players, writing_rm or (run or Path()) / "writing-rm" / "model", margin)
+        say("The judge is a Writing RM. Of the arms that were trained on it, it shows what they learnt, not how well they "
+            "write.")
+    arenas.save_judgments(to, judgments)
+    _show_ratings(judgments, anchor)
 
 
 @app.command()
@@ -139,22 +125,21 @@ def elo(judgments: Annotated[list[Path], typer.Argument(help="JSONL files: of `l
     """Bradley-Terry Elo with intervals over queries, and win rates against the anchor, from recorded judgments."""
     import pandas as pd
 
-    from lwzlib.evaluate import arena as arenas
+    from lwzlib.evaluate.arena import read_judgments
 
-    _ratings(pd.concat([arenas.read_judgments(path) for path in judgments], ignore_index=True), anchor)
+    _show_ratings(pd.concat([read_judgments(path) for path in judgments], ignore_index=True), anchor)
 
 
 @app.command()
 def rate(run_dir: RunDir, to: Path = Path("rate.html"), pairs_per_query: int = 1, seed: int = 0,
          before: Annotated[bool, typer.Option(help="Also what the arms wrote before training.")] = False):
     """Write a page on which a person rates the arms' held-out texts blind, two side by side; its key stands beside it."""
-    from lwzlib.evaluate import arena as arenas
-    from lwzlib.evaluate import rating_sheet as sheets
-    from lwzlib.evaluate.rating_sheet import make_sheet
+    from lwzlib.evaluate import rating_sheet
+    from lwzlib.evaluate.arena import samples_of_run
 
-    samples = {name: rows for name, rows in arenas.samples_of_run(run_dir).items() if before or not name.endswith(" before")}
-    page = make_sheet(samples, to, pairs_per_query, seed)
-    out.print(f"open {page}; keep {sheets.key_of(page)} for `lwz unblind`", highlight=False, soft_wrap=True)
+    samples = {name: rows for name, rows in samples_of_run(run_dir).items() if before or not name.endswith(" before")}
+    page = rating_sheet.make_sheet(samples, to, pairs_per_query, seed)
+    say(f"open {page}; keep {rating_sheet.key_of(page)} for `lwz unblind`")
 
 
 @app.command()
@@ -162,26 +147,26 @@ def unblind(export: Path, key: Path,
             to: Annotated[Path | None, typer.Option(help="The judgments; default: the export's name, with .jsonl.")] = None):
     """Turn what a rater exported into the arena's judgments, for `lwz elo`."""
     from lwzlib.base.rows import DataError, read_rows, write_rows
-    from lwzlib.evaluate import rating_sheet as sheets
+    from lwzlib.evaluate import rating_sheet
 
-    rows, to = sheets.unblind(export, key), to or export.with_suffix(".jsonl")
+    rows, to = rating_sheet.unblind(export, key), to or export.with_suffix(".jsonl")
     if others := {row["judge"] for row in read_rows(to)} - {row["judge"] for row in rows}:
         raise DataError(f"{to} holds the judgments of {', '.join(sorted(others))}: give --to another file (`lwz elo` takes "
                         "several)")
     write_rows(to, rows)
-    out.print(f"{to}: {len(rows)} judgments", highlight=False)
+    say(f"{to}: {len(rows)} judgments")
 
 
-def _ratings(judgments, anchor: str) -> None:
+def _show_ratings(judgments, anchor: str) -> None:
     from lwzlib.evaluate import elo as ratings
 
-    found = ratings.ratings(judgments, anchor or ratings.players(judgments)[0][0])
-    table = Table("model", "Elo", "95% interval", "matches", "win rate against the anchor", title=f"{found.anchor} = 1000")
-    against = ratings.win_tie_loss(judgments, found.anchor).set_index("other")
-    for row in found.table.to_dict("records"):
-        rate = 1 - against.win_rate[row["model"]] if row["model"] in against.index else None
+    rated = ratings.ratings(judgments, anchor or ratings.players(judgments)[0][0])
+    table = Table("model", "Elo", "95% interval", "matches", "win rate against the anchor", title=f"{rated.anchor} = 1000")
+    against = ratings.win_tie_loss(judgments, rated.anchor).set_index("other")
+    for row in rated.table.to_dict("records"):
+        known = row["model"] in against.index
         table.add_row(row["model"], f"{row['elo']:.0f}", f"{row['low']:.0f} to {row['high']:.0f}", f"{row['matches']:.0f}",
-                      "" if rate is None else f"{rate:.0%}")
+                      f"{1 - against.win_rate[row['model']]:.0%}" if known else "")
     out.print(table)
-    for statement in found.statements:
-        out.print(statement, highlight=False, soft_wrap=True)
+    for statement in rated.statements:
+        say(statement)

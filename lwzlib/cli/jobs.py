@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from lwzlib.cli.options import out
+
 app = typer.Typer()
-out = Console()
 Site = Annotated[str | None, typer.Option(help="A profile and what this job changes in it, such as 'generic nodes=8'. Default: "
                                                "LWZ_PROFILE, else site, else generic.")]
 
@@ -17,20 +17,17 @@ Site = Annotated[str | None, typer.Option(help="A profile and what this job chan
 @app.command()
 def jobs(profile: Site = None, every: Annotated[bool, typer.Option("--all", help="Earlier jobs of an output too.")] = False):
     """Slurm jobs of notebooks: state, nodes, step and throughput, from Slurm, the job and its run folder."""
-    from lwzlib.cluster import jobs as found
-    from lwzlib.cluster.jobs import jobs_of
+    from lwzlib.cluster.jobs import jobs_of, summary
     from lwzlib.cluster.profile import load_profile
 
     folder = load_profile(profile).jobs_folder
-    names = sorted(path.name for path in folder.glob("*/"))
-    chosen = [job for name in names for job in (jobs_of(folder, name) if every else jobs_of(folder, name)[-1:])]
     table = Table("job", "notebook", "output", "state", "nodes", "stage", "step", "tokens/s", "submitted", title=str(folder),
                   box=None)
-    for job in chosen:
-        record, row = job.record, found.summary(job)
-        table.add_row(str(record.get("job_id") or "none"), Path(record["notebook"]).stem, record["output"], row["state"],
-                      row["nodes"], row["stage"], row["step"], row["tokens_per_s"],
-                      time.strftime("%m-%d %H:%M", time.localtime(record["submitted"])))
+    for path in sorted(folder.glob("*/")):
+        for job in jobs_of(folder, path.name)[0 if every else -1 :]:
+            record, submitted = job.record, time.localtime(job.record["submitted"])
+            table.add_row(str(record.get("job_id") or "none"), Path(record["notebook"]).stem, record["output"],
+                          *summary(job).values(), time.strftime("%m-%d %H:%M", submitted))
     out.print(table)
 
 
@@ -45,8 +42,8 @@ def submit(notebook: Path, output: Path,
     from lwzlib.base.recipe import parse_overrides
     from lwzlib.cluster import engine
 
-    given = parse_overrides(parameters or [])
+    values = parse_overrides(parameters)
     if dry_run:
-        print(engine.dry_run(notebook, output, given, profile))
+        print(engine.dry_run(notebook, output, values, profile))
     else:
-        papermill.execute_notebook(notebook, output, given, engine_name="slurm", profile=profile, log_output=True)
+        papermill.execute_notebook(notebook, output, values, engine_name="slurm", profile=profile, log_output=True)

@@ -1,6 +1,7 @@
 """What the files of commands share: options, the console, and the end of a command that was interrupted."""
 
 import contextlib
+import functools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +10,38 @@ import typer
 from rich.console import Console
 
 from lwzlib.base.processes import INTERRUPTED
+from lwzlib.base.recipe import Recipe, load_recipe, parse_overrides
 
 out = Console()
+say = functools.partial(out.print, highlight=False, soft_wrap=True)  # a line of text as it is
 Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="name=value, such as grpo.steps=5; repeatable")]
 Seed = Annotated[int, typer.Option(help="Every random choice follows from it.")]
 RunDir = Annotated[Path | None, typer.Option(help="Default: runs/<recipe>, or runs/<recipe>-seed<n>.")]
+KeyEnv = Annotated[str, typer.Option(help="Name of the variable that holds the key.")]
+Requests = Annotated[list[str] | None, typer.Option(
+    "--set", "-s", help="Of the requests: concurrency=64, budget_requests=1000, sampling.temperature=0, ...; repeatable")]
+
+
+def recipe_and_folder(recipe: str, sets: list[str] | None, seed: int, run_dir: Path | None) -> tuple[Recipe, Path]:
+    """The recipe with its changes, and its run folder."""
+    from lwzlib.pipeline.stages import run_folder
+
+    loaded = load_recipe(recipe, sets)
+    return loaded, run_dir or run_folder(loaded, seed)
+
+
+def endpoint(base_url: str, model: str, api_key_env: str, sets: list[str] | None, **more):
+    """Settings of a language model behind an address; `sets` win. `sampling.temperature=0` changes that one of its sampling.
+    Raises LLMError for a wrong one."""
+    from lwzlib.endpoints import llm
+
+    settings = {"base_url": base_url, "model": model, "api_key_env": api_key_env, "sampling": {}} | more
+    for name, value in parse_overrides(sets).items():
+        if name.startswith("sampling."):
+            settings["sampling"][name.removeprefix("sampling.")] = value
+        else:
+            settings[name] = value
+    return llm.configure(**settings)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lwzlib.base.rows import DataError, read_rows, write_rows
-from lwzlib.cli.main import main
+from lwzlib.cli import main
 from lwzlib.evaluate import arena, elo
 from lwzlib.evaluate.elo import ArenaError
 

@@ -60,10 +60,9 @@ def test_a_job_that_fails_is_named_with_its_log_and_submitted_again(cluster, tmp
 
 def test_ctrl_c_cancels_the_jobs(cluster, tmp_path):
     r = on(cluster, **{"corpus.workers": 1})
-    command = [sys.executable, "-m", "lwzlib.cli.main", "stage", "corpus", "-", "--run-dir", str(tmp_path)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    process.stdin.write(r.model_dump_json().encode())
-    process.stdin.close()
+    (tmp_path / "asked.yaml").write_text(r.model_dump_json())  # JSON is YAML
+    command = [sys.executable, "-m", "lwzlib.cli.main", "stage", "corpus", tmp_path / "asked.yaml", "--run-dir", tmp_path]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until(lambda: (tmp_path / "corpus" / "steps" / "clean" / "job_id").exists(), "the job", 60)
     assert any("lwz-clean" in job for job in jobs())
     process.send_signal(signal.SIGINT)

@@ -16,7 +16,7 @@ from scipy.stats import ttest_1samp
 
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import DataError
-from lwzlib.cli.main import main
+from lwzlib.cli import main
 from lwzlib.exhibits import claims, results
 from lwzlib.exhibits.claims import combined_verdict, examine_test, ledger_markdown, load_claims, verdict_of
 from lwzlib.exhibits.results import read_tables
