@@ -69,10 +69,10 @@ def scored(recipe: Recipe, run: Run, name: str, policy: Policy, writing_rm: str,
             rows.append({"step": i + 1, "id": query.id, "type": query.type, "query": query.query,
                          "word_range": list(query.word_range), "completion": text, "truncated": truncated,
                          "think_words": count_words(parsed.plan), "answer_words": count_words(parsed.answer)})
-        texts, requests, ranges = ([row[name] for row in rows] for name in ("completion", "query", "word_range"))
+        columns = {"completions": [row["completion"] for row in rows], "query": [row["query"] for row in rows],
+                   "word_range": [row["word_range"] for row in rows], "style": [style] * len(rows)}
         for reward_name, reward in rewards.items():
-            scores = reward(completions=texts, query=requests, word_range=ranges, style=[style] * len(rows))
-            for row, score in zip(rows, scores, strict=True):
+            for row, score in zip(rows, reward(**columns), strict=True):
                 row[reward_name] = score
         run.append(name, *rows)
         print(f"{run.folder.parent.name}/{run.folder.name}  {rows[-1]['step']}/{len(queries)} completions", flush=True)
