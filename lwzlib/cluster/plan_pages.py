@@ -14,20 +14,7 @@ from lwzlib.base.parallel import deepspeed_config
 from lwzlib.base.paths import CLUSTER_JOBS
 from lwzlib.base.recipe import RecipeError, load_recipe
 from lwzlib.cluster import estimate
-from lwzlib.cluster.estimate import (
-    CONSTANTS,
-    GPUS,
-    SHAPES,
-    TRAINS,
-    WRITES,
-    Plan,
-    constant,
-    problems,
-    slots,
-    total,
-    training_memory,
-    writing_memory,
-)
+from lwzlib.cluster.estimate import CONSTANTS, GPUS, SHAPES, TRAINS, WRITES, Plan, constant, problems, slots, total
 from lwzlib.cluster.step_time import decode_s, micro_s, simulate_step
 
 _ONE_NODE = ["distributed.zero=3", "distributed.offload=none", "grpo.queries_per_step=8", "vllm.tensor_parallel=1"]
@@ -61,7 +48,7 @@ def show_plan(plan: Plan, out: Console) -> list[str]:
               f"of {plan.gpu.gib:.0f} GiB{served}; ZeRO {recipe.distributed.zero}, offload {recipe.distributed.offload}, "
               f"vLLM {recipe.vllm.mode}", highlight=False)
     time = None if reasons else simulate_step(plan)
-    groups = [(TRAINS, "GiB", training_memory(plan)), (WRITES, "GiB", writing_memory(plan))]
+    groups = [(TRAINS, "GiB", estimate.training_memory(plan)), (WRITES, "GiB", estimate.writing_memory(plan))]
     for group, unit, lines in [*groups, ("a step", "s", time.lines)] if time else groups:
         table = Table("", unit, "arithmetic", title=group, box=None)
         for line in lines:
@@ -100,7 +87,8 @@ def sizes_table() -> list[dict]:
         rows.append({
             "model": name.split("/")[1], "nodes": "1" if small else f"{plan.nodes[0]} + {plan.nodes[1]} vLLM",
             "completions a step": plan.completions, "vLLM": plan.recipe.vllm.mode,
-            "GiB, training": f"{total(training_memory(plan)):.1f}", "GiB, writing": f"{total(writing_memory(plan)):.1f}",
+            "GiB, training": f"{total(estimate.training_memory(plan)):.1f}",
+            "GiB, writing": f"{total(estimate.writing_memory(plan)):.1f}",
             "completions at once": slots(plan), "s a step": f"{time.seconds:.0f}", "bound by": time.bound.name,
             "GPU-hours a step": f"{gpu_hours(plan, 1):.1f}",
             "GPU-hours, 150 steps": f"{gpu_hours(plan, plan.recipe.grpo.steps):.0f}",
