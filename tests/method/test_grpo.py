@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import DataError, RunError
 from lwzlib.method.grpo import trainer
+from lwzlib.method.text import parse
 from lwzlib.pipeline.launch import launch, launch_arm
 from lwzlib.pipeline.stages import arm_stages, run_stage, stage_run
 
@@ -90,6 +91,16 @@ def test_rows_say_what_was_written_and_scored(smoke, tmp_path, one_batch):
     assert all(0 <= row["length"] <= 1 and 0 <= row["format"] <= 1 for row in rows)
 
 
+def test_a_completion_is_parsed_once_a_step(smoke, tmp_path, one_batch):
+    parse.cache_clear()
+    rows = one_batch(smoke, tmp_path)[2].rows("completions")
+    calls = parse.cache_info()
+    assert calls.misses == len({row["completion"] for row in rows})
+    assert calls.hits + calls.misses == 4 * len(rows), "three rewards and the trainer's row read each completion"
+    most = load_recipe("gpu").grpo
+    assert most.group_size * most.queries_per_step <= calls.maxsize, "a step's completions of one process stay"
+
+
 def test_micro_batches_do_not_change_what_is_learnt(smoke, tmp_path):
     whole = smoke
     halved = load_recipe("smoke", "grpo.micro_batch_completions=2")
@@ -115,10 +126,10 @@ def test_killed_at_random_moments_gives_the_rows_of_an_uninterrupted_run(smoke, 
 def test_ctrl_c_says_how_to_go_on_and_the_next_start_continues(smoke, tmp_path):
     r = load_recipe("smoke", "reward.weights.writing=0.0 grpo.steps=40 grpo.checkpoint_every_steps=2")
     run = stage_run("grpo", r, tmp_path, 0, ARM)
-    command = [sys.executable, "-m", "lwzlib.cli.main", "stage", "grpo", "-", "--run-dir", str(tmp_path), "--arm", ARM]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    process.stdin.write(r.model_dump_json().encode())
-    process.stdin.close()
+    asked = tmp_path / "asked.yaml"
+    asked.write_text(r.model_dump_json())  # JSON is YAML
+    command = [sys.executable, "-m", "lwzlib.cli.main", "stage", "grpo", str(asked), "--run-dir", str(tmp_path), "--arm", ARM]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None and run.status.get("checkpoint_step", 0) < 2:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
