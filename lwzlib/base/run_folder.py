@@ -1,5 +1,5 @@
-"""A stage's folder: what was asked (`recipe.yaml`), how far it is (`status.json`), what it measured (`metrics.jsonl`),
-and what made it (`provenance.json`).
+"""A stage's folder: the recipe it was started with (`recipe.yaml`), its state (`status.json`), what it measured
+(`metrics.jsonl`), and what made it (`provenance.json`).
 
 Finished with the same fingerprint: loaded. Unfinished: resumed from the last whole checkpoint, with the rows cut back
 to it, so that the rows of a killed run equal those of one that was not. Another fingerprint: refused, never overwritten.
@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -25,8 +25,8 @@ from lwzlib.base.rows import RunError, append_rows, locked, read_rows, write_ato
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One stage of one recipe and seed, in `folder`. `sections` of the recipe and `inputs` make its fingerprint. Where many
-    processes train together, all read it and the main process alone locks it and writes."""
+    """One stage of one recipe and seed, in `folder`; `sections` of the recipe and `inputs` make its fingerprint. Where many
+    processes train together, all read it, and the main process alone locks it and writes."""
 
     folder: Path
     recipe: Recipe
@@ -41,28 +41,27 @@ class Run:
 
     @property
     def status(self) -> dict:
-        """{} before the first start; else state (running, interrupted, failed, finished), step, checkpoint, ..."""
-        return _said(self.folder)
+        """Content of `status.json`: state (running, interrupted, failed, finished), step, ...; {} before the first start."""
+        return _status(self.folder)
 
     @property
     def finished(self) -> bool:
-        """Raises RunError as `check` does."""
+        """Whether its work is done. Raises RunError as `check` does."""
         self.check()
         return self.status.get("state") == "finished"
 
     def check(self) -> None:
         """Raise RunError if the folder was written by another recipe, seed or input."""
-        status = self.status
-        if status and status["fingerprint"] != self.fingerprint:
-            theirs = yaml.safe_load((self.folder / "recipe.yaml").read_text())
-            ours = self._asked()
-            both = {**flatten(theirs), **flatten(ours)}
-            changed = [f"{name} was {flatten(theirs).get(name)!r}, is {flatten(ours).get(name)!r}"
-                       for name in both if flatten(theirs).get(name) != flatten(ours).get(name)]
-            raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(changed[:5])}). "
-                           "Choose another run_dir, or remove that folder")
+        if not (status := self.status) or status["fingerprint"] == self.fingerprint:
+            return
+        theirs, ours = flatten(yaml.safe_load((self.folder / "recipe.yaml").read_text())), flatten(self._content())
+        changed = [f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}"
+                   for name in theirs | ours if theirs.get(name) != ours.get(name)]
+        raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(changed[:5])}). "
+                       "Choose another run_dir, or remove that folder")
 
-    def _asked(self) -> dict:
+    def _content(self) -> dict:
+        """What the fingerprint is made of, as `recipe.yaml` holds it."""
         content = self.recipe.model_dump(mode="json")
         return {key: content[key] for key in self.sections} | {"seed": self.seed, "inputs": self.inputs}
 
@@ -76,10 +75,8 @@ class Run:
         with locked(self.folder / "lock"):
             self.check()
             if not self.status:
-                write_atomic(self.folder / "recipe.yaml", yaml.safe_dump(self._asked(), allow_unicode=True))
-                write_atomic(self.folder / "provenance.json", json.dumps(provenance(), indent=1))
-            else:
-                self._resumed(provenance())
+                write_atomic(self.folder / "recipe.yaml", yaml.safe_dump(self._content(), allow_unicode=True))
+            self._keep(provenance())
             self.update(state="running", pid=os.getpid(), host=platform.node())
             started, before = time.time(), self.status.get("wall_s", 0.0)
             state = "failed"
@@ -93,23 +90,27 @@ class Run:
                 with contextlib.suppress(OSError, RunError):  # a full disk must not hide the error that it caused
                     self.update(state=state, wall_s=round(before + time.time() - started, 1))
 
-    def _resumed(self, made: dict) -> None:
-        """Keep with the provenance what else made the rest of the rows: another commit, changed files, other versions."""
+    def _keep(self, made: dict) -> None:
+        """Write the provenance; of a resumed run, add what else made the rest of its rows: another commit, changed files,
+        other versions."""
         path = self.folder / "provenance.json"
-        before = json.loads(path.read_text())
-        last = [before, *before.get("resumed", [])][-1]
-        if any(last[key] != made[key] for key in ("commit", "uncommitted_changes", "versions")):
-            write_atomic(path, json.dumps(before | {"resumed": [*before.get("resumed", []), made]}, indent=1))
+        if self.status:
+            first = json.loads(path.read_text())
+            resumed = first.get("resumed", [])
+            last = [first, *resumed][-1]
+            if all(last[key] == made[key] for key in ("commit", "uncommitted_changes", "versions")):
+                return
+            made = first | {"resumed": [*resumed, made]}
+        write_atomic(path, json.dumps(made, indent=1))
 
     def update(self, **changes) -> None:
         """Set keys of `status.json`, keep the others; in the main process alone. Raises RunError if the disk is full."""
-        if not main_process():
-            return
-        status = {"fingerprint": self.fingerprint} | self.status | changes
-        write_atomic(self.folder / "status.json", json.dumps(status, indent=1))
+        if main_process():
+            status = {"fingerprint": self.fingerprint} | self.status | changes
+            write_atomic(self.folder / "status.json", json.dumps(status, indent=1))
 
     def rows(self, name: str = "metrics") -> list[dict]:
-        """Those of `<name>.jsonl` in the folder; [] before the first."""
+        """Rows of `<name>.jsonl` in the folder; [] before the first."""
         return read_rows(self.folder / f"{name}.jsonl")
 
     def append(self, name: str, *rows: dict) -> None:
@@ -117,8 +118,8 @@ class Run:
         if main_process():
             append_rows(self.folder / f"{name}.jsonl", rows)
 
-    def write(self, name: str, rows) -> None:
-        """All the rows, in place of what there was."""
+    def write(self, name: str, rows: Iterable[dict]) -> None:
+        """Replace the rows of `<name>.jsonl`, in the main process alone."""
         if main_process():
             write_rows(self.folder / f"{name}.jsonl", rows)
 
@@ -128,7 +129,7 @@ class Run:
             self.write(name, [row for row in self.rows(name) if row["step"] <= step])
 
 
-def _said(folder: Path) -> dict:
+def _status(folder: Path) -> dict:
     path = folder / "status.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -136,9 +137,9 @@ def _said(folder: Path) -> dict:
 def status_of(folder: Path) -> dict:
     """The `status.json` of a stage, {} before its first start. A stage that was killed left the state "running": it is "killed"
     here, if it ran on this machine and nobody holds its lock."""
-    status = _said(folder)
+    status = _status(folder)
     if status.get("state") == "running" and status.get("host") == platform.node():
         with contextlib.suppress(OSError), (folder / "lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kind of lock that filelock takes
             status["state"] = "killed"
     return status
