@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from lwzlib.exhibits import figures, paper_figures
 from lwzlib.exhibits.results import Tables
-from lwzlib.exhibits.run_tables import changes
+from lwzlib.exhibits.run_tables import held_out_changes
 
 WIDTH_IN = 3.5  # one column
 _SVG = "http://www.w3.org/2000/svg"
@@ -24,14 +24,14 @@ _UNDATED = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None
             "png": {"Software": None}}
 ET.register_namespace("", _SVG)
 ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-METRICS = ["avg", "D1", "D2", "D3", "D4", "D5", "D6", "style", "format", "length", "Elo"]
+_SCORES = ["avg", "D1", "D2", "D3", "D4", "D5", "D6", "style", "format", "length", "Elo"]  # of Table 1
 SHORT = {"without continual pretraining": "without CPT"}
 NOT_RUN = "not run here"
 
 
 class Exhibit(NamedTuple):
-    """`make`: (tables, ax) -> ax for a figure, tables -> DataFrame for a table (whose height follows from its rows); `note`:
-    what a reader must know."""
+    """A figure, whose `make` is (tables, ax) -> ax, or a table, whose `make` is tables -> DataFrame and whose height follows
+    from its rows. `note` says what a reader must know."""
 
     name: str
     title: str
@@ -41,24 +41,24 @@ class Exhibit(NamedTuple):
 
     @property
     def is_table(self) -> bool:
-        """What is named table_...; its rows are written as CSV too."""
+        """Whether it is a table, whose rows are written as CSV too."""
         return self.name.startswith("table")
 
 
 def table_1(tables: Tables) -> pd.DataFrame:
     """WritingBench and Arena-Write, with the ablations of thinking and continual pretraining."""
-    said = tables.published[(tables.published.exhibit == "Table 1") & tables.published.metric.isin(METRICS)]
+    published = tables.published[(tables.published.exhibit == "Table 1") & tables.published.metric.isin(_SCORES)]
     rows = [{"source": "published", "model": SHORT.get(model, model), "params": of.params.iloc[0] or ""}
             | {row.metric: f"{row.value:.2f}" if row.metric == "avg" else f"{row.value:g}" if row.metric == "Elo"
-               else f"{row.value:.1f}" for row in of.itertuples()} for model, of in said.groupby("model", sort=False)]
+               else f"{row.value:.1f}" for row in of.itertuples()} for model, of in published.groupby("model", sort=False)]
     rows.append({"source": "measured", "model": _kit(tables), "avg": f"WritingBench, Arena-Write: {NOT_RUN}"})
-    found = tables.elo.set_index("arm") if len(tables.elo) else tables.elo
+    ratings = tables.elo.set_index("arm") if len(tables.elo) else tables.elo
     for arm in ("continual-pretrain-think", "base-think", "base-nothink"):
-        if arm in found.index:
-            end = found.loc[[arm]].iloc[-1]
+        if arm in ratings.index:
+            end = ratings.loc[[arm]].iloc[-1]
             elo = _ranged(end, "elo", 0) if np.isfinite(end.elo) else "not finite"
             rows.append({"source": "measured", "model": arm, "avg": f"embedded arena, Elo {elo}"})
-    return pd.DataFrame(rows, columns=["source", "model", "params", *METRICS]).fillna("")
+    return pd.DataFrame(rows, columns=["source", "model", "params", *_SCORES]).fillna("")
 
 
 def table_2(tables: Tables) -> pd.DataFrame:
@@ -67,31 +67,20 @@ def table_2(tables: Tables) -> pd.DataFrame:
     rows = [{"source": "published", "of": "all sources", "tokens": f"{method['pretrain.tokens'] / 1e9:g}B", "share": "100%"},
             {"source": "published", "of": "long chain-of-thought", "share": f"{method['pretrain.cot_token_fraction']:.0%}"},
             {"source": "published", "of": "books, reports, papers", "share": "not known"}]
-    for seed, of in tables.mixture.groupby("seed"):
+    for seed, sources in tables.mixture.groupby("seed"):
         rows += [{"source": "measured", "of": f"{row['source']}, seed {seed}", "tokens": f"{row['tokens']:,}",
-                  "share": f"{row['tokens'] / of.tokens.sum():.1%}"} for row in of.to_dict("records")]
+                  "share": f"{row['tokens'] / sources.tokens.sum():.1%}"} for row in sources.to_dict("records")]
     if tables.mixture.empty:
         rows.append({"source": "measured", "of": _kit(tables), "tokens": NOT_RUN})
     return pd.DataFrame(rows, columns=["source", "of", "tokens", "share"]).fillna("")
-
-
-def table_3(tables: Tables) -> pd.DataFrame:
-    """Size of the base model. The paper's 14B scores are not known to this kit."""
-    said = tables.published[(tables.published.model == "LongWriter-Zero")].set_index("metric").value
-    rows = [{"source": "published", "model": "Qwen2.5-32B", "WritingBench": f"{said['avg']:.2f}",
-             "Arena-Write": f"{said['Elo']:.0f}"},
-            {"source": "published", "model": "Qwen2.5-14B", "WritingBench": "not known"}]
-    models = sorted({*tables.rl.model, *tables.held_out.model})
-    rows += [{"source": "measured", "model": name, "WritingBench": NOT_RUN} for name in models or ["this kit"]]
-    return pd.DataFrame(rows, columns=["source", "model", "WritingBench", "Arena-Write"]).fillna("")
 
 
 def table_4(tables: Tables) -> pd.DataFrame:
     """SFT on LongWriter's data. The paper's scores are not known to this kit; here SFT learns from other data."""
     rows = [{"source": "published", "arm": "32B, SFT on LongWriter-6k", "reward": "not known"}]
     held_out = tables.held_out[tables.held_out.algorithm == "sft"]
-    for seed, of in held_out.groupby("seed"):
-        for row in changes(of).to_dict("records"):
+    for seed, samples in held_out.groupby("seed"):
+        for row in held_out_changes(samples).to_dict("records"):
             rows.append({"source": "measured", "arm": f"{row['arm']}, seed {seed}", "reward": row["reward"],
                          "before": f"{row['before']:.2f}", "after": f"{row['after']:.2f}",
                          "change": _ranged(row, "difference", 2, "+")})
@@ -100,15 +89,8 @@ def table_4(tables: Tables) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["source", "arm", "reward", "before", "after", "change"]).fillna("")
 
 
-def table_5(tables: Tables) -> pd.DataFrame:
-    """LongBench-Write. Neither the paper's scores are known to this kit, nor was the benchmark run."""
-    rows = [{"source": "published", "model": "LongWriter-Zero", "S": "not known"},
-            {"source": "measured", "model": _kit(tables), "S": NOT_RUN}]
-    return pd.DataFrame(rows, columns=["source", "model", "S", "S_l", "S_q"]).fillna("")
-
-
 def draw_table(table: pd.DataFrame, ax: Axes) -> Axes:
-    """Set a frame of text between three rules. A cell may run over the empty ones to its right."""
+    """Draw a frame of text between three rules. A cell may run over the empty ones to its right."""
     shown = table.drop(columns="source")
     chars = [_chars(shown, i) for i in range(len(shown.columns))]
     starts, lines = [sum(chars[:i]) for i in range(len(chars))], len(shown) + 1
@@ -136,8 +118,8 @@ def _chars(shown: pd.DataFrame, i: int) -> float:
 
 
 def _kit(tables: Tables) -> str:
-    found = sorted({*tables.rl.setting, *tables.held_out.setting, *tables.mixture.setting})
-    return f"this kit, {found[0]}" if found else "this kit"
+    settings = sorted({*tables.rl.setting, *tables.held_out.setting, *tables.mixture.setting})
+    return f"this kit, {settings[0]}" if settings else "this kit"
 
 
 def _ranged(row, name: str, digits: int, sign: str = "") -> str:
@@ -147,7 +129,6 @@ def _ranged(row, name: str, digits: int, sign: str = "") -> str:
 _ARENA = ("Here: the embedded arena. The judge is the Writing RM that the arms were trained on, so it shows what they learnt, "
           "not how well they write; Elo is Bradley-Terry by maximum likelihood; the no-think arm before RL stands at 1000, or "
           "else the first by name.")
-_UNKNOWN = "The paper's scores are not in this kit's sources."
 EXHIBITS = {exhibit.name: exhibit for exhibit in (
     Exhibit("figure_1", "Figure 1 · Headline scores", paper_figures.figure_1, 2.9,
             "What the paper's Figure 1 looks like is not in this kit's sources: these are headline numbers of its Table 1."),
@@ -166,24 +147,23 @@ EXHIBITS = {exhibit.name: exhibit for exhibit in (
             "CPT: continual pretraining; without it: Base-think; without thinking: Base-nothink. D1 Academic & Engineering, "
             "D2 Finance & Business, D3 Politics & Law, D4 Literature & Art, D5 Education, D6 Advertising & Marketing. "
             f"{_ARENA} It cannot be compared with Arena-Write."),
-    Exhibit("table_2", "Table 2 · Pretraining mixture", table_2,
-            0, "The paper's shares are not in this kit's sources."),
-    Exhibit("table_3", "Table 3 · Size of the base model", table_3, 0, f"14B: {_UNKNOWN}"),
+    Exhibit("table_2", "Table 2 · Pretraining mixture", table_2, 0,
+            "The paper's shares are not in this kit's sources."),
     Exhibit("table_4", "Table 4 · SFT on long answers", table_4, 0,
-            f"{_UNKNOWN} Here SFT learns from the model's own best answers and human passages, not from LongWriter's data; "
+            "The paper's scores are not in this kit's sources. Here SFT learns from the model's own best answers and "
+            "human passages, not from LongWriter's data; "
             "intervals: 95% over queries."),
-    Exhibit("table_5", "Table 5 · LongBench-Write", table_5, 0, _UNKNOWN),
 )}
 
 
 def settings(tables: Tables) -> list[str]:
-    """Those with rows of the paper's arms; [""], for what is published alone, if there are none."""
-    return [name for name in tables.settings
-            if {*(of := tables.of(name)).rl.arm, *of.held_out.arm} & set(figures.ARMS)] or [""]
+    """Settings that have rows of the paper's arms; [""], for what is published alone, if there are none."""
+    arms = {name: {*tables.of(name).rl.arm, *tables.of(name).held_out.arm} for name in tables.settings}
+    return [name for name in tables.settings if arms[name] & set(figures.ARMS)] or [""]
 
 
 def draw_exhibit(exhibit: Exhibit, tables: Tables) -> Figure:
-    """One exhibit of one setting, at the width of a column."""
+    """Figure of one exhibit in one setting, at the width of a column."""
     figure = Figure(figsize=(WIDTH_IN, exhibit.height_in), layout="constrained")
     ax = figure.subplots()
     if exhibit.is_table:
@@ -198,17 +178,17 @@ def draw_exhibit(exhibit: Exhibit, tables: Tables) -> Figure:
 
 
 def write_exhibits(tables: Tables, folder: Path) -> list[Path]:
-    """All exhibits, and the curves of every setting, into `folder`; tables as CSV too. What an earlier call left there and
-    this one does not write is removed: no old number stays."""
+    """Write all exhibits, and the curves of every setting, into `folder`; tables as CSV too. What an earlier call left there
+    and this one does not write is removed: no old number stays."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {}
     for setting in settings(tables):
-        of = tables.of(setting)
+        measured = tables.of(setting)
         for exhibit in EXHIBITS.values():
             stem = f"{exhibit.name}_{setting}".rstrip("_")
-            wanted[stem] = draw_exhibit(exhibit, of)
+            wanted[stem] = draw_exhibit(exhibit, measured)
             if exhibit.is_table:
-                exhibit.make(of).to_csv(folder / f"{stem}.csv", index=False)
+                exhibit.make(measured).to_csv(folder / f"{stem}.csv", index=False)
     for setting in tables.settings:
         if len(rows := tables.of(setting).rl):
             wanted[f"{setting}_curves"] = figures.panel(rows)
@@ -229,7 +209,7 @@ def _save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def interactive(figure: Figure, name: str, title: str) -> str:
-    """The figure as SVG for a page: classes `published` and `measured`, and a tooltip for each point."""
+    """SVG of a figure for a page: classes `published` and `measured`, and a tooltip for each point."""
     tagged: list = figure.findobj(lambda artist: hasattr(artist, "shown_as"))
     for number, artist in enumerate(tagged):
         artist.set_gid(f"{name}-{number}")
@@ -251,7 +231,7 @@ def interactive(figure: Figure, name: str, title: str) -> str:
 
 
 def numbers(figure: Figure) -> pd.DataFrame:
-    """What a figure shows, a row a point: for those who cannot see it, or want to copy it."""
+    """Points of a figure as text, a row each: for those who cannot see it, or want to copy it."""
     tagged: list = figure.findobj(lambda artist: hasattr(artist, "shown_as"))
-    said = [(artist.shown_as[0], tip) for artist in tagged for tip in dict.fromkeys(artist.shown_as[1])]
-    return pd.DataFrame(said, columns=["source", "what"])
+    points = [(artist.shown_as[0], tip) for artist in tagged for tip in dict.fromkeys(artist.shown_as[1])]
+    return pd.DataFrame(points, columns=["source", "what"])

@@ -21,8 +21,11 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lwzlib.base.paths import FIGURES
 from lwzlib.base.rows import DataError, validated
-from lwzlib.exhibits.results import FIGURES, Tables
+from lwzlib.evaluate.intervals import t_interval
+from lwzlib.exhibits.results import Tables
+from lwzlib.exhibits.run_tables import quarter
 
 _TERM = re.compile(r"\S+ (before|after|quarter [1-4])")
 
@@ -80,7 +83,7 @@ class Claim(BaseModel):
 
 @dataclass(frozen=True)
 class Finding:
-    """Of one test in one setting: the effect, and its interval over each of what it covers ({} if it was not run)."""
+    """One test in one setting: the effect, and its intervals by what they cover ({} if it was not run)."""
 
     name: str
     verdict: str
@@ -93,9 +96,9 @@ class Finding:
         if self.verdict == "not run":
             return f"{self.name}: not run here"
         form = "{:+.0%}" if self.relative else "{:+.2f}"
-        said = [f"[{form.format(low)}, {form.format(high)}] over {covers}" for covers, (low, high) in self.intervals.items()]
-        said += ["one seed, so no interval over seeds"] * (len(self.seeds) == 1)
-        return f"{self.name}: {form.format(self.effect)}; {'; '.join(said)}"
+        parts = [f"[{form.format(low)}, {form.format(high)}] over {covers}" for covers, (low, high) in self.intervals.items()]
+        parts += ["one seed, so no interval over seeds"] * (len(self.seeds) == 1)
+        return f"{self.name}: {form.format(self.effect)}; {'; '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Entry:
 
 
 def load_claims(path: Path = FIGURES / "claims.yaml") -> list[Claim]:
-    """Raises DataError, which names the claim and the field, for one that is not of the form above."""
+    """Entries of `figures/claims.yaml`. Raises DataError, which names the claim and the field, for one of another form."""
     rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     claims = [validated(f"{path}, claim {row.get('id', i)}", row, Claim) for i, row in enumerate(rows)]
     if len({claim.id for claim in claims}) < len(claims):
@@ -118,27 +121,27 @@ def load_claims(path: Path = FIGURES / "claims.yaml") -> list[Claim]:
 
 
 def ledger(claims: list[Claim], tables: Tables) -> list[Entry]:
-    """An entry a claim and setting with rows for it; one `not run` entry for a claim without any."""
+    """One entry per claim and setting that has rows for it; one `not run` entry for a claim without any."""
     entries = []
     for claim in claims:
-        found = []
+        run = []
         for setting in tables.settings:
             findings = tuple(examine_test(test, tables.of(setting)) for test in claim.tests)
             if any(finding.verdict != "not run" for finding in findings):
-                found.append(Entry(claim, setting, combined_verdict([finding.verdict for finding in findings]), findings))
-        entries += found or [Entry(claim, "", "not run", ())]
+                run.append(Entry(claim, setting, combined_verdict([finding.verdict for finding in findings]), findings))
+        entries += run or [Entry(claim, "", "not run", ())]
     return entries
 
 
 def combined_verdict(verdicts: list[str]) -> str:
-    """Of the parts of a claim, some of which were run."""
+    """Verdict on a claim from those on its parts, at least one of which was run."""
     if "not supported" in verdicts:
         return "not supported"
     return "supported" if set(verdicts) == {"supported"} else "inconclusive"
 
 
 def examine_test(test: Test, tables: Tables) -> Finding:
-    """One test in one setting."""
+    """Finding of one test in one setting."""
     terms = [weight * values for term, weight in test.contrast.items()
              if (values := _values(tables, term, test.column)) is not None]
     if len(terms) < len(test.contrast):
@@ -151,15 +154,15 @@ def examine_test(test: Test, tables: Tables) -> Finding:
         sums /= shared.abs().mean(axis=None)
     units, seeds = (sums.groupby(level=level).mean() for level in ("unit", "seed"))
     covers = "queries" if next(iter(test.contrast)).endswith(("before", "after")) else "steps"
-    intervals = {f"{len(units)} {covers}": _t_interval(units)}
+    intervals = {f"{len(units)} {covers}": t_interval(units)}
     if len(seeds) > 1:
-        intervals[f"{len(seeds)} seeds"] = _t_interval(seeds)
+        intervals[f"{len(seeds)} seeds"] = t_interval(seeds)
     verdict = verdict_of(intervals.values(), len(seeds), test)
     return Finding(test.name, verdict, float(seeds.mean()), intervals, tuple(map(int, seeds.index)), test.relative)
 
 
 def verdict_of(intervals, seeds: int, test: Test) -> str:
-    """The rule above. An interval without ends (of one value) excludes nothing."""
+    """Verdict by the rule above. An interval without ends (of one value) excludes nothing."""
     if seeds < 2 or any(np.isnan(ends).any() for ends in intervals):
         return "inconclusive"
     if all(low > test.low and high < test.high for low, high in intervals):
@@ -176,37 +179,22 @@ def _values(tables: Tables, term: str, column: str) -> pd.Series | None:
     if column not in rows or rows[column].isna().all():
         return None
     if of_steps:
-        rows = pd.concat([_quarter(of.sort_values("step"), int(when[-1])) for _, of in rows.groupby("seed")])
+        rows = pd.concat([quarter(steps, int(when[-1])) for _, steps in rows.groupby("seed")])
     named = rows.assign(unit=rows.place if of_steps else rows.id)
     return named.set_index(["seed", "unit"])[column].astype(float)
-
-
-def _quarter(rows: pd.DataFrame, number: int) -> pd.DataFrame:
-    size = max(1, len(rows) // 4)
-    start = len(rows) - size * (5 - number) if number > 2 else size * (number - 1)
-    return rows.iloc[start : start + size].assign(place=range(size))
-
-
-def _t_interval(values: pd.Series) -> tuple[float, float]:
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return np.nan, np.nan
-    half = t.ppf(0.975, len(values) - 1) * values.std() / np.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
 
 
 def ledger_markdown(entries: list[Entry]) -> str:
     """The ledger as a Markdown table, for the README."""
     lines = ["| claim | published | measured here | verdict |", "|---|---|---|---|"]
     for entry in entries:
-        found = "<br>".join([f"*{entry.setting}*", *map(str, entry.findings)]) if entry.findings else why_not_run(entry)
-        cells = (f"{entry.claim.claim} (`{entry.claim.notebook}`, `{entry.claim.command}`)", entry.claim.published, found,
+        measured = "<br>".join([f"*{entry.setting}*", *map(str, entry.findings)]) if entry.findings else why_not_run(entry)
+        cells = (f"{entry.claim.claim} (`{entry.claim.notebook}`, `{entry.claim.command}`)", entry.claim.published, measured,
                  f"**{entry.verdict}**")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def why_not_run(entry: Entry) -> str:
-    """Why a claim has no findings."""
+    """Reason why a claim has no findings."""
     return f"not run here: {entry.claim.why_not or f'`{entry.claim.command}` makes the rows'}"

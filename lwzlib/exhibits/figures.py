@@ -117,11 +117,11 @@ def roc(table: pd.DataFrame, ax: Axes) -> Axes:
 
     honest = table[table.kind == "plain"].score
     for i, kind in enumerate(("copied", "reworded", "templated", "paraphrased by hand")):
-        found = table[table.kind == kind].score
-        if len(found):
+        repeated = table[table.kind == kind].score
+        if len(repeated):
             colour, dash, _ = STYLES[i]
-            blamed, hit, _ = roc_curve([0] * len(honest) + [1] * len(found), [*honest, *found])
-            ax.plot(blamed, hit, dash, color=colour, label=f"{kind} ({len(found)})")
+            blamed, hit, _ = roc_curve([0] * len(honest) + [1] * len(repeated), [*honest, *repeated])
+            ax.plot(blamed, hit, dash, color=colour, label=f"{kind} ({len(repeated)})")
     ax.set(xlabel=f"share of {len(honest)} honest passages blamed", ylabel="share of repetitions found", xlim=(-0.01, 0.5))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8)
     return ax

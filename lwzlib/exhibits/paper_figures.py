@@ -29,7 +29,7 @@ def tag(artist, kind: str, tips: list[str]):
 
 
 def figure_1(tables: Tables, ax: Axes) -> Axes:
-    """Headline: WritingBench average and Arena-Write Elo of each model."""
+    """Headline numbers: WritingBench average and Arena-Write Elo of each model."""
     table = tables.published[(tables.published.exhibit == "Table 1") & tables.published.metric.isin(["avg", "Elo"])]
     wide = table.pivot(index="model", columns="metric", values="value").sort_values(["Elo", "avg"], na_position="first")
     names, parts = ["this kit", *wide.index], _panels(ax, 1, 2)
@@ -47,14 +47,14 @@ def figure_1(tables: Tables, ax: Axes) -> Axes:
 
 
 def figure_2(tables: Tables, ax: Axes) -> Axes:
-    """Writing RM, Length RM and the length of whole answers over RL steps."""
+    """Writing RM score, length reward and length of whole answers over RL steps."""
     parts = _panels(ax, 3)
     for part, column in zip(parts, ("writing", "length", "answer_words_not_truncated"), strict=True):
         _curves(tables.rl, part, column)
         part.set_xlabel("RL step" if part is parts[-1] else "")
-    said = _numbers(tables, "Figure 2")
-    if len(said):
-        _publish(parts[0], 0, said.value.iloc[0], ARMS["base-think"][2], [_published_tip(said.iloc[0].to_dict())])
+    start = _numbers(tables, "Figure 2")
+    if len(start):
+        _publish(parts[0], 0, start.value.iloc[0], ARMS["base-think"][2], [_published_tip(start.iloc[0].to_dict())])
         parts[0].text(0.03, 0.02, "published: base-think starts near 0\n(on the scale of another RM)", fontsize=7, va="bottom",
                       transform=parts[0].transAxes)
         low, high = parts[0].get_ylim()
@@ -66,21 +66,21 @@ def figure_2(tables: Tables, ax: Axes) -> Axes:
 
 def figure_3(tables: Tables, ax: Axes) -> Axes:
     """Elo over the course of RL: the published ends of the curves, and the embedded arena here."""
-    said = _two_scales(tables, ax, RL_ARMS, "share of RL, %")
+    published = _two_scales(tables, ax, RL_ARMS, "share of RL, %")
     for end, x in (("Elo_start", 0), ("Elo_end", 100)):
         for row in _numbers(tables, "Figure 3", end).to_dict("records"):
-            _publish(said, x, row["value"], ARMS[row["model"]][2], [_published_tip(row)], _ABOUT[row["qualifier"]])
+            _publish(published, x, row["value"], ARMS[row["model"]][2], [_published_tip(row)], _ABOUT[row["qualifier"]])
     return _legend(ax, RL_ARMS, tables)
 
 
 def figure_4(tables: Tables, ax: Axes) -> Axes:
     """RL (solid) against SFT (dashed), from the base model and after continual pretraining."""
     arms = [arm for arm in ARMS if arm != "base-nothink"]
-    said = _two_scales(tables, ax, arms, "share of training, %")
+    published = _two_scales(tables, ax, arms, "share of training, %")
     for row in _numbers(tables, "Figure 4").to_dict("records"):
-        _publish(said, 100, row["value"], ARMS[row["model"]][2], [_published_tip(row)], "",
+        _publish(published, 100, row["value"], ARMS[row["model"]][2], [_published_tip(row)], "",
                  {"sft": -4, "continual-pretrain-sft": 4}.get(row["model"], 0))
-    said.margins(y=0.12)  # room for the lowest number above the axis
+    published.margins(y=0.12)  # room for the lowest number above the axis
     return _legend(ax, arms, tables)
 
 
@@ -88,9 +88,9 @@ def figure_5(tables: Tables, ax: Axes) -> Axes:
     """Wins, ties and losses of the last arm against others (the paper draws donuts)."""
     rows: list[tuple[str, dict | str | None]] = [("published: all eight", "range")]
     rows += [(f"{name}, {judge}", None) for judge, names in OPPONENTS.items() for name in names]
-    last, found = _last_arm(tables)
+    last, pairs = _last_arm(tables)
     rows += [(f"{last} against:", "heading")] * bool(last)
-    rows += [(name, pair) for name, pair in found] or [("this kit: its arms", None)]
+    rows += [(name, pair) for name, pair in pairs] or [("this kit: its arms", None)]
     low, high = (_numbers(tables, "Figure 5", f"win_rate_{end}").value.squeeze() for end in ("min", "max"))
     for place, (_, what) in enumerate(rows):
         if isinstance(what, dict):
@@ -98,8 +98,8 @@ def figure_5(tables: Tables, ax: Axes) -> Axes:
         elif what == "heading":
             continue
         elif what is None:
-            said = NOT_RUN if place > len(rows) - 2 else f"not published; {NOT_RUN}"
-            ax.text(50, place, said, ha="center", va="center", fontsize=7, color="0.35")
+            text = NOT_RUN if place > len(rows) - 2 else f"not published; {NOT_RUN}"
+            ax.text(50, place, text, ha="center", va="center", fontsize=7, color="0.35")
         else:
             ends = f"published: win rate at most {high}%, at least above {low}%"
             line, = ax.plot([low, high], [place, place], "|-", color="black", markersize=9, linewidth=1)
@@ -134,7 +134,7 @@ _OUTCOMES = (("win", "#0072B2", ""), ("tie", "0.8", ""), ("loss", "#E69F00", "//
 
 
 def _panels(ax: Axes, rows: int, columns: int = 1) -> list[Axes]:
-    """Axes of their own in the place of one."""
+    """Several axes in the place of one."""
     ax.set_axis_off()
     place = ax.get_subplotspec()
     assert place, "an exhibit is drawn on axes of a grid, as subplots() makes them"
@@ -143,8 +143,8 @@ def _panels(ax: Axes, rows: int, columns: int = 1) -> list[Axes]:
 
 
 def _numbers(tables: Tables, exhibit: str, metric: str | None = None) -> pd.DataFrame:
-    said = tables.published[tables.published.exhibit == exhibit]
-    return said if metric is None else said[said.metric == metric]
+    rows = tables.published[tables.published.exhibit == exhibit]
+    return rows if metric is None else rows[rows.metric == metric]
 
 
 def _published_tip(row: dict) -> str:
@@ -153,13 +153,13 @@ def _published_tip(row: dict) -> str:
     return f"published ({row['confidence']}): {who}{row['metric']} {how}{row['value']:g}; {row['source']}"
 
 
-def _publish(ax: Axes, x: float, y: float, marker: str, tips: list[str], about: str | None = None,
+def _publish(ax: Axes, x: float, y: float, marker: str, tips: list[str], qualifier: str | None = None,
              up: float = 0) -> None:
-    """A published mark; with `about`, its value beside it, `up` points higher."""
+    """A published mark; with `qualifier`, its value beside it, `up` points higher."""
     tag(ax.plot([x], [y], marker, clip_on=False, zorder=5, **PUBLISHED)[0], "published", tips)
-    if about is not None:
-        ax.annotate(f"{about}{y:.0f}", (x, y), (7 if x < 50 else -7, up), textcoords="offset points", fontsize=7, va="center",
-                    ha="left" if x < 50 else "right")
+    if qualifier is not None:
+        ax.annotate(f"{qualifier}{y:.0f}", (x, y), (7 if x < 50 else -7, up), textcoords="offset points", fontsize=7,
+                    va="center", ha="left" if x < 50 else "right")
 
 
 def _curves(table: pd.DataFrame, ax: Axes, column: str) -> None:
@@ -193,39 +193,39 @@ def _curves(table: pd.DataFrame, ax: Axes, column: str) -> None:
 
 def _two_scales(tables: Tables, ax: Axes, arms, xlabel: str) -> Axes:
     """Two axes, since the Elo of two arenas cannot be compared: the one for what is published (returned), and one here."""
-    said, here = parts = _panels(ax, 1, 2)
-    said.set_title("published, 32B:\nArena-Write", fontsize=7)
+    published, here = parts = _panels(ax, 1, 2)
+    published.set_title("published, 32B:\nArena-Write", fontsize=7)
     here.set_title("here, embedded arena:\nown Writing RM judges", fontsize=7, color=_BLUE)
     for part in parts:
         part.set(xlim=(-7, 107), xticks=[0, 50, 100])
         part.set_xlabel(xlabel, fontsize=7)
         part.tick_params(labelsize=7)
-    said.set_ylabel("Elo")
+    published.set_ylabel("Elo")
     if not _elo_lines(tables, here, arms):
         here.text(0.5, 0.5, NOT_RUN, transform=here.transAxes, ha="center", va="center")
         here.set_yticks([])
-    return said
+    return published
 
 
 def _elo_lines(tables: Tables, ax: Axes, arms) -> bool:
     """Elo of the embedded arena over the share of the training (SFT has its two ends); whether any arm was there."""
-    found = tables.elo
-    arms = [arm for arm in arms if arm in set(found.arm)]
+    ratings = tables.elo
+    arms = [arm for arm in arms if arm in set(ratings.arm)]
     for i, arm in enumerate(arms):
-        (colour, dash, marker), rows = ARMS[arm], found[(found.arm == arm) & np.isfinite(found.elo)]
-        about = f"{arm}, {runs_of(tables.held_out[tables.held_out.arm == arm])}"
+        (colour, dash, marker), rows = ARMS[arm], ratings[(ratings.arm == arm) & np.isfinite(ratings.elo)]
+        origin = f"{arm}, {runs_of(tables.held_out[tables.held_out.arm == arm])}"
         at = 100 * rows.step.fillna(np.inf) / rows.step.max() if rows.step.max() > 0 else 100.0 * rows.step.isna()
         at = at.clip(0, 100) + 2 * (i - (len(arms) - 1) / 2)  # beside each other, not on top
         if rows.seed_low.notna().any():
             tag(ax.fill_between(at, rows.seed_low, rows.seed_high, color=colour, alpha=0.18, linewidth=0), "measured",
-                [f"{about}: range of the seeds' own ratings"])
+                [f"{origin}: range of the seeds' own ratings"])
         bars = ax.errorbar(at, rows.elo, yerr=[rows.elo - rows.low, rows.high - rows.elo], fmt="none", ecolor=colour,
                            elinewidth=0.8, alpha=0.6)
-        tag(bars.lines[2][0], "measured", [f"{about}: 95% interval over queries"])
+        tag(bars.lines[2][0], "measured", [f"{origin}: 95% interval over queries"])
         tag(ax.plot(at, rows.elo, dash, color=colour, marker=marker, markersize=4.5)[0], "measured",
-            [f"{about}: {'after SFT' if pd.isna(row.step) else f'step {row.step:.0f}'}, Elo {row.elo:.0f} "
+            [f"{origin}: {'after SFT' if pd.isna(row.step) else f'step {row.step:.0f}'}, Elo {row.elo:.0f} "
              f"[{row.low:.0f}, {row.high:.0f}], embedded arena, {row.anchor} = 1000" for row in rows.itertuples()])
-    if endless := int((~np.isfinite(found[found.arm.isin(arms)].elo)).sum()):
+    if endless := int((~np.isfinite(ratings[ratings.arm.isin(arms)].elo)).sum()):
         ax.text(0.5, 0.02, f"{endless} not finite", transform=ax.transAxes, ha="center", fontsize=7)
     return bool(arms)
 
@@ -255,19 +255,19 @@ def _last_arm(tables: Tables) -> tuple[str, list[tuple[str, dict]]]:
 def _win_bar(ax: Axes, place: float, pair: dict, tables: Tables) -> None:
     counts = [pair[name] for name in ("wins", "ties", "losses")]
     total, left = sum(counts), 0.0
-    about = runs_of(tables.held_out)
+    origin = runs_of(tables.held_out)
     for (name, colour, hatch), count in zip(_OUTCOMES, counts, strict=True):
         bar = ax.barh(place, 100 * count / total, left=left, height=0.62, color=colour, hatch=hatch, edgecolor="white")[0]
-        tag(bar, "measured", [f"{name}: {count} of {total} judgments by the Writing RM; {about}"])
+        tag(bar, "measured", [f"{name}: {count} of {total} judgments by the Writing RM; {origin}"])
         left += 100 * count / total
     rate, low, high = (100 * pair[name] for name in ("win_rate", "low", "high"))
-    tag(ax.plot([low, high], [place, place], color="black", linewidth=1.2)[0], "measured", [f"95% over queries; {about}"] * 2)
+    tag(ax.plot([low, high], [place, place], color="black", linewidth=1.2)[0], "measured", [f"95% over queries; {origin}"] * 2)
     tag(ax.plot([rate], [place], "o", color="black", markersize=4)[0], "measured",
-        [f"win rate {rate:.0f}% [{low:.0f}, {high:.0f}], ties half; {about}"])
+        [f"win rate {rate:.0f}% [{low:.0f}, {high:.0f}], ties half; {origin}"])
 
 
 def _legend(ax: Axes, arms, tables: Tables) -> Axes:
-    """Published first; then the arms that were measured."""
+    """Legend: what is published first, then the arms that were measured."""
     known = {*tables.rl.arm, *tables.held_out.arm}
     looks = [Line2D([], [], marker="o", label="published", **PUBLISHED)]
     looks += [Line2D([], [], color=ARMS[arm][0], linestyle=ARMS[arm][1], marker=ARMS[arm][2], markersize=4, label=arm)

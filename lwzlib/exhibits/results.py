@@ -28,7 +28,7 @@ _Said = Annotated[str, Field(min_length=1)]
 
 
 class _Row(BaseModel):
-    """What every row of an own run says of itself. Further columns are numbers, empty where nothing was measured."""
+    """Provenance that every measured row carries. Further columns are numbers, empty where nothing was measured."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, _Finite | None]
@@ -43,7 +43,7 @@ class _Row(BaseModel):
 
 
 class RlRow(_Row):
-    """A row of `<setting>.csv`: one RL step, counted from 1; the rewards and lengths are among its further columns."""
+    """Row of `<setting>.csv`: one RL step, counted from 1; rewards and lengths are among its further columns."""
 
     step: Annotated[int, Field(ge=1)]
 
@@ -102,7 +102,7 @@ _KINDS: dict[str, tuple[type[BaseModel], list[str]]] = {
 
 @dataclass(frozen=True)
 class Tables:
-    """What the exhibits are drawn from. All but `published` carry the `setting` that they were measured in."""
+    """Tables that the exhibits are drawn from. All but `published` carry the `setting` that they were measured in."""
 
     published: pd.DataFrame
     rl: pd.DataFrame
@@ -110,7 +110,7 @@ class Tables:
     mixture: pd.DataFrame
 
     def of(self, setting: str) -> "Tables":
-        """Of one setting; asked again it is the same, so that its Elo is computed once."""
+        """Tables of one setting, kept, so that its Elo is computed once."""
         if setting not in self._parts:
             measured = (getattr(self, field.name) for field in fields(self)[1:])
             self._parts[setting] = Tables(self.published, *(rows[rows.setting == setting] for rows in measured))
@@ -122,28 +122,29 @@ class Tables:
 
     @functools.cached_property
     def elo(self) -> pd.DataFrame:
-        """`embedded_elo`, of one setting's rows."""
+        """Ratings of one setting, by `embedded_elo`."""
         return embedded_elo(self.held_out)
 
     @property
     def settings(self) -> list[str]:
-        """Those of the paper's recipes by scale, then others by name."""
-        known, found = ("nano", "laptop", "gpu", "paper"), {*self.rl.setting, *self.held_out.setting, *self.mixture.setting}
-        return sorted(found, key=lambda name: (known.index(name) if name in known else len(known), name))
+        """Settings that have rows: the kit's recipes by scale, then others by name."""
+        scales, measured = ("nano", "laptop", "gpu", "paper"), {*self.rl.setting, *self.held_out.setting, *self.mixture.setting}
+        return sorted(measured, key=lambda name: (scales.index(name) if name in scales else len(scales), name))
 
 
 def read_tables(results: Path = FIGURES / "results", published: Path = FIGURES / "published") -> Tables:
     """All tables of both folders; a results file that is missing leaves its table empty. Raises DataError, which names file,
     line and field, for a row without its provenance, a row that comes twice, or two runs under one arm and seed."""
-    said = [_checked(path, Published, ["exhibit", "model", "metric"]) for path in sorted(Path(published).glob("*.csv"))]
-    if not said:
+    numbers = [_checked(path, Published, ["exhibit", "model", "metric"]) for path in sorted(Path(published).glob("*.csv"))]
+    if not numbers:
         raise DataError(f"no published numbers in {published}; they are in figures/published of the project")
-    found: dict[str, list] = {kind: [] for kind in _KINDS}
+    measured: dict[str, list] = {kind: [] for kind in _KINDS}
     for path in sorted(Path(results).glob("*.csv")):
         kind = next(kind for kind in _KINDS if path.stem.endswith(kind))
         rows = _checked(path, *_KINDS[kind])
-        found[kind].append(rows.assign(setting=path.stem.removesuffix(kind)))
-    return Tables(_joined(said, Published), *(_joined(found[kind], _KINDS[kind][0]) for kind in ("", "_held_out", "_mixture")))
+        measured[kind].append(rows.assign(setting=path.stem.removesuffix(kind)))
+    rl, held_out, mixture = (_joined(measured[kind], _KINDS[kind][0]) for kind in ("", "_held_out", "_mixture"))
+    return Tables(_joined(numbers, Published), rl, held_out, mixture)
 
 
 def _checked(path: Path, kind: type[BaseModel], key: list[str]) -> pd.DataFrame:
@@ -178,14 +179,15 @@ def judgments(held_out: pd.DataFrame) -> pd.DataFrame:
         return judgment_table([]).assign(seed=[])
     rows = held_out.dropna(subset="writing")
     steps = [0 if phase == "before" else step for phase, step in zip(rows.phase, rows.step, strict=True)]
-    rows = rows.assign(player=[arena.player_name(*each) for each in zip(rows.arm, steps, strict=True)])
-    found = []
-    for (seed, judge), some in rows.groupby(["seed", "judge"]):
-        texts = {player: dict.fromkeys(of.id, "") for player, of in some.groupby("player")}
-        asked = arena.matches(arena.Arena({id: arena.Task(id, "") for id in sorted(set(some.id))}, texts))
-        scores = {(row.player, row.id): row.writing for row in some.itertuples()}
-        found.append(arena.judged_by_scores(asked, scores, f"Writing RM {judge}", TIE_MARGIN).assign(seed=seed))
-    return pd.concat(found, ignore_index=True)
+    rows = rows.assign(player=[arena.player_name(arm, step) for arm, step in zip(rows.arm, steps, strict=True)])
+    judged = []
+    for (seed, judge), samples in rows.groupby(["seed", "judge"]):
+        texts = {player: dict.fromkeys(own.id, "") for player, own in samples.groupby("player")}
+        tasks = {id: arena.Task(id, "") for id in sorted(set(samples.id))}
+        scores = {(row.player, row.id): row.writing for row in samples.itertuples()}
+        matches = arena.matches(arena.Arena(tasks, texts))
+        judged.append(arena.judged_by_scores(matches, scores, f"Writing RM {judge}", TIE_MARGIN).assign(seed=seed))
+    return pd.concat(judged, ignore_index=True)
 
 
 def embedded_elo(held_out: pd.DataFrame) -> pd.DataFrame:
@@ -198,14 +200,14 @@ def embedded_elo(held_out: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame({name: pd.Series(dtype=object if name in ("arm", "anchor") else float) for name in columns})
     names = elo.players(judged)[0]
     anchor = ANCHOR if ANCHOR in names else names[0]
-    found = elo.ratings(judged, anchor).table
-    own = [elo.ratings(some, anchor, resamples=1).table.set_index("model").elo
-           for _, some in judged.groupby("seed") if anchor in elo.players(some)[0]]
-    per_seed = pd.DataFrame({i: ratings for i, ratings in enumerate(own)}).reindex(found.model)
-    cut = found.model.str.extract(f"^{elo.STEP}$")
+    table = elo.ratings(judged, anchor).table
+    own = [elo.ratings(of_seed, anchor, resamples=1).table.set_index("model").elo
+           for _, of_seed in judged.groupby("seed") if anchor in elo.players(of_seed)[0]]
+    per_seed = pd.DataFrame(dict(enumerate(own))).reindex(table.model)
+    cut = table.model.str.extract(f"^{elo.STEP}$")
     several = len(own) > 1
-    return found.assign(
-        arm=cut.arm.fillna(found.model.str.removesuffix(" after")), step=cut.step.astype(float), anchor=anchor,
+    return table.assign(
+        arm=cut.arm.fillna(table.model.str.removesuffix(" after")), step=cut.step.astype(float), anchor=anchor,
         seeds=judged.seed.nunique(), seed_low=per_seed.min(axis=1).to_numpy() if several else float("nan"),
         seed_high=per_seed.max(axis=1).to_numpy() if several else float("nan"))[columns].sort_values(
             ["arm", "step"], ignore_index=True)

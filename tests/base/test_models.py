@@ -9,7 +9,7 @@ from lwzlib.base.kit import SMOLLM2, TINY, ModelError, is_prepared, prepare, ver
 from lwzlib.base.models import load_model
 from lwzlib.base.quantities import Sampling
 from lwzlib.base.recipe import load_recipe
-from lwzlib.exhibits.run_tables import quarters, run_table
+from lwzlib.exhibits.run_tables import quarter_means, run_table
 from lwzlib.method import prompts
 from lwzlib.method.sampling import completions
 from lwzlib.pipeline.launch import launch
@@ -36,7 +36,7 @@ def test_it_answers_and_stops(nano):
     model, tokenizer = load_model(nano.model.name, nano.model.dtype, nano.model.attention)
     prompt = prompts.render_bare("What is the capital of France? Answer in one sentence.", "chat", tokenizer)
     sampling = nano.samples.sampling.model_copy(update={"temperature": 0.01, "max_new_tokens": 60})
-    (_, text, truncated), = completions(model, tokenizer, [prompt], sampling, 1, 0)
+    (_, text, truncated, _), = completions(model, tokenizer, [prompt], sampling, 1, 0)
     assert "Paris" in text and not truncated
 
 
@@ -80,7 +80,7 @@ def test_the_real_model_trains_with_grpo(nano, tmp_path):
     end, _ = load_model(str(tmp_path / "base-nothink" / "grpo" / "model"), "bfloat16", "eager")
     moved = [name for (name, a), b in zip(start.named_parameters(), end.parameters(), strict=True) if not torch.equal(a, b)]
     assert any("q_proj" in name for name in moved)
-    assert len(quarters(run_table(tmp_path))) == 3
+    assert len(quarter_means(run_table(tmp_path))) == 3
 
 
 def test_a_model_to_spread_lies_where_accelerate_puts_it(smoke, monkeypatch):
@@ -97,5 +97,5 @@ def test_a_model_to_spread_lies_where_accelerate_puts_it(smoke, monkeypatch):
     assert asked == ["auto", None, None]
     monkeypatch.setattr(model, "hf_device_map", {"": "cpu"}, raising=False)  # as accelerate leaves it
     monkeypatch.setattr(model, "to", None)  # moved no more
-    (_, text, _), = completions(model, tokenizer, ["x"], Sampling(temperature=1, top_p=1, max_new_tokens=3), 1, 0)
+    (_, text, *_), = completions(model, tokenizer, ["x"], Sampling(temperature=1, top_p=1, max_new_tokens=3), 1, 0)
     assert len(text) <= 12

@@ -16,7 +16,7 @@ from lwzlib.exhibits.catalogue import draw_exhibit, write_exhibits
 from lwzlib.exhibits.results import read_tables
 
 FIGURES = [name for name in catalogue.EXHIBITS if name.startswith("figure")]
-NAMES = [f"figure_{i}" for i in range(1, 7)] + [f"table_{i}" for i in range(1, 6)]
+NAMES = [*(f"figure_{i}" for i in range(1, 7)), "table_1", "table_2", "table_4"]  # of 3 and 5 nothing is known
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_committed_rows_give_the_same_bytes_twice_in_seconds(tmp_path):
     second = write_exhibits(committed, tmp_path / "b")
     assert {path.suffix for path in first} == {".pdf", ".svg", ".png"}
     curves = sum(len(committed.of(setting).rl) > 0 for setting in committed.settings)
-    assert len(first) == 3 * (11 * len(catalogue.settings(committed)) + curves)
+    assert len(first) == 3 * (len(NAMES) * len(catalogue.settings(committed)) + curves)
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
     for path in first:

@@ -13,14 +13,14 @@ from lwzlib.base.rows import write_rows
 from lwzlib.evaluate import intervals
 from lwzlib.exhibits import figures
 from lwzlib.exhibits.page import write_report
-from lwzlib.exhibits.run_tables import changes, held_out_table, mixture_table, padding, quarters, run_table
+from lwzlib.exhibits.run_tables import held_out_changes, held_out_table, mixture_table, padding_share, quarter_means, run_table
 
 RESULTS = Path(__file__).resolve().parents[2] / "figures" / "results"
 
 
 def test_the_readme_states_the_quarters_of_the_committed_rows():
     stated = (RESULTS.parent.parent / "README.md").read_text()
-    for (arm, quantity), rows in quarters(pd.read_csv(RESULTS / "nano.csv")).groupby(["arm", "quantity"]):
+    for (arm, quantity), rows in quarter_means(pd.read_csv(RESULTS / "nano.csv")).groupby(["arm", "quantity"]):
         first, last = (", ".join(f"{v:.2f}" for v in rows.sort_values("seed")[c]) for c in ("first quarter", "last quarter"))
         assert f"| {arm} | {quantity} | {first} | {last} |" in stated
 
@@ -68,7 +68,7 @@ def test_held_out_table_has_both_phases_of_every_arm_with_samples(held_out):
 
 
 def test_changes_are_of_the_same_queries(held_out):
-    gains = changes(held_out_table(held_out)).set_index("arm")
+    gains = held_out_changes(held_out_table(held_out)).set_index("arm")
     assert "another" not in gains.index, "no sample after its training"
     assert gains.queries.to_dict() == {"base-think": 2, "sft": 3}
     assert gains.before["base-think"] == pytest.approx(0.5), "the third query has no answer after"
@@ -104,7 +104,7 @@ def test_mixture_shares_sum_to_one_and_stand_beside_what_was_asked(tmp_path):
     assert table.share.to_dict() == pytest.approx({"a (en)": 0.6, "b (zh)": 0.2, "cot": 0.2})
     assert table.asked.to_dict() == pytest.approx({"a (en)": 0.6, "b (zh)": 0.2, "cot": 0.2})
     assert table.epochs["a (en)"] == 2 and pd.isna(table.epochs["cot"]), "what was not counted is a gap"
-    assert padding(pack) == pytest.approx(0.2), "weighted by sequences"
+    assert padding_share(pack) == pytest.approx(0.2), "weighted by sequences"
     ax = figures.mixture(table.reset_index(), Figure().subplots())
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.6, 0.2, 0.2])
 
@@ -115,7 +115,7 @@ def test_an_empty_table_draws_nothing(tmp_path):
              figures.curve(run_table(tmp_path), Figure().subplots(), "length"),
              figures.boundaries(pd.DataFrame(columns=["sequence", "source", "tokens"]), Figure().subplots(), 8)]
     assert not any([*ax.lines, *ax.patches, *ax.collections] for ax in drawn)
-    assert pd.isna(padding(tmp_path)) and changes(held_out_table(tmp_path)).empty
+    assert pd.isna(padding_share(tmp_path)) and held_out_changes(held_out_table(tmp_path)).empty
 
 
 def test_held_out_marks_each_phase_and_dashes_sft(held_out):
