@@ -24,10 +24,8 @@ _TOPIC_WORDS = 8  # of the end of a request, where the kit's queries name what t
 
 
 def cold_start(recipe: Recipe, run: Run) -> Path:
-    """Train one epoch on the model's own paragraphs in the form, half of them with a plan: only the form is taught.
-
-    Returns the folder of the model. An interrupted cold start begins anew (it is short).
-    """
+    """Train one epoch on the model's own paragraphs in the form, half of them with a plan: only the form is taught. Returns the
+    folder of the model. An interrupted cold start begins anew (it is short)."""
     if run.finished:
         return run.folder / "model"
     with run.work():
@@ -50,8 +48,7 @@ def _documents(recipe: Recipe, run: Run, model, tokenizer) -> list[dict]:
     queries = load_queries(recipe.data.train, recipe.data.languages)
     requests = [q.query for q in random.Random(run.seed).sample(queries, min(recipe.cold_start.queries, len(queries)))]
     framed = [prompts.render_bare(request, recipe.model.frame, tokenizer) for request in requests]
-    sampling = Sampling(temperature=recipe.cold_start.temperature, top_p=1.0,
-                        max_new_tokens=recipe.cold_start.max_new_tokens)
+    sampling = Sampling(temperature=recipe.cold_start.temperature, top_p=1.0, max_new_tokens=recipe.cold_start.max_new_tokens)
     documents = []
     for i, text, *_ in completions(model, tokenizer, framed, sampling, recipe.samples.batch_completions, run.seed):
         answer = whole_sentences(text)

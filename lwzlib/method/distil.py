@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lwzlib.base.models import load_tokenizer
+from lwzlib.base.policy import Policy
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError, write_rows
 from lwzlib.base.run_folder import Run
@@ -20,14 +21,13 @@ from lwzlib.method import prompts
 from lwzlib.method.advantage import fuse
 from lwzlib.method.queries import load_queries
 from lwzlib.method.rewards import reward_names
-from lwzlib.method.samples import Policy, scored
+from lwzlib.method.samples import scored
 from lwzlib.method.text import TAGS, parse
 
 
 def distil(recipe: Recipe, run: Run, model_name: str, writing_rm: str, tokenise: Callable, write=None) -> Path:
     """Leave `documents.jsonl` {id, text, query, answer}, which `tokenise`(recipe, sources, folder) turns into token files;
-    returns the run's folder. `write` as in `samples.scored`. Raises RunError where no completion can be kept.
-    """
+    returns the run's folder. `write` as in `samples.scored`. Raises RunError where no completion can be kept."""
     if run.finished:
         return run.folder
     settings, arm = recipe.cot, recipe.arm(recipe.cot.arm)

@@ -7,9 +7,8 @@ queries. `scored` also writes what `distil` chooses from. Where the recipe has v
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from lwzlib.base import models
+from lwzlib.base.policy import Policy
 from lwzlib.base.quantities import Decoding, Sampling
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError
@@ -21,30 +20,6 @@ from lwzlib.method.sampling import completions
 from lwzlib.method.text import Style, count_words, parse
 
 Writer = Callable[..., list[tuple[int, str, bool]]]  # (index of the query, completion, truncated) of all queries
-
-
-class Policy(NamedTuple):
-    """The name of a model, or the folder of a snapshot that was trained from the model `start`."""
-
-    name: str
-    start: str = ""
-
-    def load(self, recipe: Recipe):
-        """(model, tokenizer), on all GPUs of the process."""
-        from lwzlib.base import trainers
-
-        if self.start:
-            return trainers.load_snapshot(recipe, Path(self.name), self.start)
-        return trainers.load_policy(recipe, self.name, spread=True)
-
-    def folder(self, recipe: Recipe, run: Run) -> str:
-        """Folder that vLLM can load; a snapshot that is an adapter is merged into its model, in the folder of the run."""
-        if not (Path(self.name) / "adapter_config.json").is_file():
-            return models.resolve(self.name)
-        merged = run.folder / ".policy"
-        for part in self.load(recipe):
-            part.save_pretrained(merged)
-        return str(merged)
 
 
 def scored(recipe: Recipe, run: Run, name: str, policy: Policy, writing_rm: str, queries: list[Query], style: Style,
@@ -87,31 +62,28 @@ def framed_queries(recipe: Recipe, queries: list[Query], style: Style, tokenizer
 def write_samples(recipe: Recipe, run: Run, arm: str, model_name: str, writing_rm: str = "",
                   write: Writer | None = None) -> Path:
     """Write and score the held-out queries by a model: `samples.jsonl`. Returns the run's folder."""
-    if not run.finished:
-        with run.work():
-            _held_out(recipe, run, "samples", arm, Policy(model_name), writing_rm, write)
-    return run.folder
+    return _write(recipe, run, arm, {"samples": Policy(model_name)}, writing_rm, write)
 
 
 def write_samples_during(recipe: Recipe, run: Run, arm: str, start: str, grpo: Path, writing_rm: str = "",
                          write: Writer | None = None) -> Path:
     """Write and score them by each snapshot of the policy: `samples_<step>.jsonl`. Raises RunError if RL kept other ones."""
-    if run.finished:
-        return run.folder
     wanted = range(recipe.evaluation.every_steps, recipe.grpo.steps, recipe.evaluation.every_steps)
-    if missing := [step for step in wanted if not (grpo / "snapshots" / str(step)).is_dir()]:
-        raise RunError(f"{grpo} kept no policy of step {', '.join(map(str, missing))}: it was trained with another "
+    snapshots = {step: grpo / "snapshots" / str(step) for step in wanted}
+    missing = [str(step) for step, folder in snapshots.items() if not folder.is_dir()]
+    if missing and not run.finished:
+        raise RunError(f"{grpo} kept no policy of step {', '.join(missing)}: it was trained with another "
                        "evaluation.every_steps. Set that, or remove the folder and train again")
-    with run.work():
-        for step in wanted:
-            if len(run.rows(f"samples_{step}")) < recipe.samples.queries:
-                policy = Policy(str(grpo / "snapshots" / str(step)), start)
-                _held_out(recipe, run, f"samples_{step}", arm, policy, writing_rm, write)
+    policies = {f"samples_{step}": Policy(str(folder), start) for step, folder in snapshots.items()}
+    return _write(recipe, run, arm, policies, writing_rm, write)
+
+
+def _write(recipe: Recipe, run: Run, arm: str, policies: dict[str, Policy], writing_rm: str, write: Writer | None) -> Path:
+    if not run.finished:
+        with run.work():
+            queries = load_queries(recipe.data.heldout, recipe.data.languages)[: recipe.samples.queries]
+            for name, policy in policies.items():
+                if len(run.rows(name)) < len(queries):
+                    scored(recipe, run, name, policy, writing_rm, queries, recipe.arm(arm).prompt, recipe.samples.sampling,
+                           recipe.samples.batch_completions, recipe.samples.stop, write)
     return run.folder
-
-
-def _held_out(recipe: Recipe, run: Run, name: str, arm: str, policy: Policy, writing_rm: str,
-              write: Writer | None) -> None:
-    queries = load_queries(recipe.data.heldout, recipe.data.languages)[: recipe.samples.queries]
-    scored(recipe, run, name, policy, writing_rm, queries, recipe.arm(arm).prompt, recipe.samples.sampling,
-           recipe.samples.batch_completions, recipe.samples.stop, write)

@@ -3,7 +3,6 @@
 The paper fine-tunes the base and the continually pretrained model on long answers in LongWriter's form (`messages`), and
 finds that it does not profit from continual pretraining as RL does. Loss on the answer alone; documents are packed, and one
 that is longer than a sequence is cut.
-
 Small models cannot write LongWriter's answers. `sft.data: made` takes the best completions of the distilled arm, without
 their plans, and passages written by people, with a request worded for each.
 """

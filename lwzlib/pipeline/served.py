@@ -5,12 +5,13 @@ import functools
 from collections import Counter
 
 from lwzlib.base.models import load_tokenizer
+from lwzlib.base.policy import Policy
 from lwzlib.base.quantities import Decoding
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError
 from lwzlib.base.run_folder import Run
 from lwzlib.method.queries import Query
-from lwzlib.method.samples import Policy, framed_queries
+from lwzlib.method.samples import framed_queries
 from lwzlib.method.text import Style
 
 

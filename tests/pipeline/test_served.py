@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 from lwzlib.base import models
 from lwzlib.base.kit import TINY
 from lwzlib.base.models import load_tokenizer
+from lwzlib.base.policy import Policy
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import RunError, read_rows
 from lwzlib.base.trainers import load_policy
 from lwzlib.method import samples
 from lwzlib.method.queries import load_queries
 from lwzlib.method.rewards import build_rewards
-from lwzlib.method.samples import Policy, framed_queries, scored
+from lwzlib.method.samples import framed_queries, scored
 from lwzlib.pipeline import ranks, vllm_servers
 from lwzlib.pipeline.stages import stage_run
 
