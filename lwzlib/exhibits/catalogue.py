@@ -48,9 +48,10 @@ class Exhibit(NamedTuple):
 def table_1(tables: Tables) -> pd.DataFrame:
     """WritingBench and Arena-Write, with the ablations of thinking and continual pretraining."""
     published = tables.published[(tables.published.exhibit == "Table 1") & tables.published.metric.isin(_SCORES)]
-    rows = [{"source": "published", "model": SHORT.get(model, model), "params": of.params.iloc[0] or ""}
-            | {row.metric: f"{row.value:.2f}" if row.metric == "avg" else f"{row.value:g}" if row.metric == "Elo"
-               else f"{row.value:.1f}" for row in of.itertuples()} for model, of in published.groupby("model", sort=False)]
+    digits, rows = {"avg": ".2f", "Elo": "g"}, []
+    for model, scores in published.groupby("model", sort=False):
+        cells = {row.metric: f"{row.value:{digits.get(row.metric, '.1f')}}" for row in scores.itertuples()}
+        rows.append({"source": "published", "model": SHORT.get(model, model), "params": scores.params.iloc[0] or ""} | cells)
     rows.append({"source": "measured", "model": _kit(tables), "avg": f"WritingBench, Arena-Write: {NOT_RUN}"})
     ratings = tables.elo.set_index("arm") if len(tables.elo) else tables.elo
     for arm in ("continual-pretrain-think", "base-think", "base-nothink"):

@@ -171,7 +171,7 @@ def panel(table: pd.DataFrame, columns=("length", "format", "writing", "answer_w
             ax.text(0.5, 0.5, f"{LABELS.get(column, column)}: not run here", ha="center", transform=ax.transAxes)
     for ax in axes[len(columns):]:
         ax.set_axis_off()
-    handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
+    handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda legend: len(legend[1]))
     figure.legend(handles, labels, loc="outside upper center", ncols=min(max(len(labels), 1), 4))
     return figure
 

@@ -133,7 +133,7 @@ class Tables:
 
 
 def read_tables(results: Path = FIGURES / "results", published: Path = FIGURES / "published") -> Tables:
-    """All tables of both folders; a results file that is missing leaves its table empty. Raises DataError, which names file,
+    """Tables of both folders; a results file that is missing leaves its table empty. Raises DataError, which names file,
     line and field, for a row without its provenance, a row that comes twice, or two runs under one arm and seed."""
     numbers = [_checked(path, Published, ["exhibit", "model", "metric"]) for path in sorted(Path(published).glob("*.csv"))]
     if not numbers:

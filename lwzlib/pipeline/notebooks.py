@@ -31,7 +31,7 @@ def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[
     once = [Step(name, name, common) for name in ("00_start_here", "01_data_and_length_ranges", "02_reward_design", *judge,
                                                   "04_grpo_step_by_step")]
     arms = [Step("05_train_grpo", f"05_train_grpo_{arm}", common | {"arm": arm})
-            for arm, asked in recipe.arms.items() if asked.algorithm == "grpo"]
+            for arm, settings in recipe.arms.items() if settings.algorithm == "grpo"]
     pretrained = any(arm.start == "continual-pretrain" for arm in recipe.arms.values())
     compared = ["06_think_vs_nothink", *["07_continual_pretraining"] * pretrained,
                 *["08_sft_vs_rl"] * any(arm.algorithm == "sft" for arm in recipe.arms.values()), "09_evaluate"]
@@ -39,16 +39,20 @@ def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[
 
 
 def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
-    """Each of the recipe's `launch.places`: arm, stage, state, step of how many, seconds."""
-    return [_row(arm, stage, run.folder) for (arm, stage), run in _stages(recipe, root, seed).items()]
+    """Each of the recipe's `stages.places`: arm, stage, state, step of how many, seconds."""
+    return _rows(_stages(recipe, root, seed))
 
 
 def _stages(recipe: Recipe, root: str | Path, seed: int) -> dict[tuple[str, str], Run]:
     return {(arm, stage): stage_run(stage, recipe, root, seed, arm) for arm, stage in places(recipe)}
 
 
+def _rows(stages: dict[tuple[str, str], Run]) -> list[dict]:
+    return [_row(arm, stage, run.folder) for (arm, stage), run in stages.items()]
+
+
 def stages_found(root: str | Path) -> list[dict]:
-    """The same of the stages that were started in a run folder, the oldest first."""
+    """Rows as of `overview`, of the stages that were started in a run folder, the oldest first."""
     paths = sorted(Path(root).glob("**/status.json"), key=lambda path: (path.parent / "recipe.yaml").stat().st_mtime)
     names = [path.parent.relative_to(root).parts for path in paths]
     return [_row("/".join(arm), stage, path.parent) for path, (*arm, stage) in zip(paths, names, strict=True)]
@@ -61,7 +65,7 @@ def _row(arm: str, stage: str, folder: Path) -> dict:
 
 
 def show_stages(folder: Path, rows: list[dict]) -> None:
-    """Print the arms and stages (rows of `overview` or `found`): what is done, running, to do, and how long each took."""
+    """Print the arms and stages (rows of `overview` or `stages_found`): what is done, running, to do, and how long each took."""
     from rich.console import Console
     from rich.table import Table
 
@@ -81,18 +85,18 @@ def run_notebooks(recipe: Recipe, folder: Path, seed: int, source: str, override
     stages = _stages(recipe, folder, seed)
     for stage in stages.values():
         stage.check()
-    asked = [recipe.fingerprint(), *(stage.fingerprint for stage in stages.values())]
+    fingerprints = [recipe.fingerprint(), *(stage.fingerprint for stage in stages.values())]
     os.environ |= MALLOC  # of the kernels: some train a step or score with a model themselves
-    show_stages(folder, overview(recipe, folder, seed))
+    show_stages(folder, _rows(stages))
     executed = folder / "notebooks"
     executed.mkdir(parents=True, exist_ok=True)
     record = executed / "done.json"
     todo = steps(recipe, folder, seed, source, overrides)
-    done = json.loads(record.read_text()) if record.exists() else {}  # output: its digest, and what was finished when it ended
-    done = {output: said for output, said in done.items() if set(said[1:]) <= set(_finished(stages))}  # else it was removed
+    done = json.loads(record.read_text()) if record.exists() else {}  # output: its digest, then the finished stages
+    done = {output: state for output, state in done.items() if set(state[1:]) <= set(_finished(stages))}  # else removed
     write_atomic(record, json.dumps(done, indent=1))
     for number, step in enumerate(todo, 1):
-        digest = _digest(step, asked)
+        digest = _digest(step, fingerprints)
         if done.get(step.output, [""])[0] == digest:
             print(f"[{number}/{len(todo)}] {step.output}: already done", flush=True)
             continue
@@ -101,7 +105,7 @@ def run_notebooks(recipe: Recipe, folder: Path, seed: int, source: str, override
         done[step.output] = [digest, *_finished(stages)]
         write_atomic(record, json.dumps(done, indent=1))
     page = write_report(folder)
-    show_stages(folder, overview(recipe, folder, seed))
+    show_stages(folder, _rows(stages))
     print(f"done: open {page}")
     return page
 
@@ -110,9 +114,9 @@ def _finished(stages: dict[tuple[str, str], Run]) -> list[str]:
     return ["/".join(place) for place, stage in stages.items() if stage.finished]
 
 
-def _digest(step: Step, asked: list[str]) -> str:
+def _digest(step: Step, fingerprints: list[str]) -> str:
     source = (NOTEBOOKS / f"{step.notebook}.ipynb").read_bytes()
-    return hashlib.sha256(source + json.dumps([asked, step.parameters]).encode()).hexdigest()[:16]
+    return hashlib.sha256(source + json.dumps([fingerprints, step.parameters]).encode()).hexdigest()[:16]
 
 
 def _execute(step: Step, output: Path) -> None:

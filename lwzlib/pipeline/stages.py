@@ -158,7 +158,7 @@ def _sections(stage: str, recipe: Recipe, arm: str) -> tuple[str, ...]:
 
 
 def run_folder(recipe: Recipe, seed: int) -> Path:
-    """Where a run goes that was given no folder: `runs/<recipe>` of this repository, or `runs/<recipe>-seed<n>`."""
+    """Folder of a run that was given none: `runs/<recipe>` of this repository, or `runs/<recipe>-seed<n>`."""
     return RUNS / (recipe.name if seed == 0 else f"{recipe.name}-seed{seed}")
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import time
 
 import made_results as made
 import matplotlib.image
@@ -52,10 +51,9 @@ def test_there_is_every_exhibit_of_the_paper():
     assert list(catalogue.EXHIBITS) == NAMES
 
 
-def test_committed_rows_give_the_same_bytes_twice_in_seconds(tmp_path):
-    committed, started = read_tables(), time.process_time()
+def test_committed_rows_give_the_same_bytes_twice(tmp_path):
+    committed = read_tables()
     first = write_exhibits(committed, tmp_path / "a")
-    assert time.process_time() - started < 30
     second = write_exhibits(committed, tmp_path / "b")
     assert {path.suffix for path in first} == {".pdf", ".svg", ".png"}
     curves = sum(len(committed.of(setting).rl) > 0 for setting in committed.settings)
