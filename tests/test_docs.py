@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lwzlib.base import recipe
-from lwzlib.base.marks import PAGE, changed_quantities, not_published, published_marks, reasons, rewritten_page
+from lwzlib.base.marks import PAGE, published_marks, reasons, rewritten_page, table_rows
 from lwzlib.base.recipe import Recipe, departures, load_recipe
 from lwzlib.method.text import has_han
 
@@ -31,26 +30,25 @@ def test_the_page_of_departures_is_what_the_recipes_say():
 
 
 def test_every_choice_has_a_reason():
-    without = [name for name, _, why in not_published(SECTIONS) if not why.strip()]
-    without += [name for name, _, _, why in changed_quantities("nano", SECTIONS) if not why.strip()]
+    rows = table_rows("not published", SECTIONS) + table_rows("nano", SECTIONS)
+    without = [name for name, *_, why in rows if not why.strip()]
     assert not without, "say why, in a comment on its line"
 
 
-def test_a_reason_is_that_of_the_line_or_of_the_section_around_it(tmp_path, monkeypatch):
-    (tmp_path / "mine.yaml").write_text(
-        "extends: nano\ngrpo:  # all of it\n  steps: 3  # few\n  loss: grpo\n"
-        "  sampling: {top_p: 0.9}  # both\ncot: {queries: 2}\n")
-    monkeypatch.setattr(recipe, "RECIPES", tmp_path)
-    assert reasons("mine") == {"extends": "", "grpo.steps": "few", "grpo.loss": "all of it",
-                                          "grpo.sampling.top_p": "both", "cot.queries": ""}
+def test_a_reason_is_that_of_the_line_or_of_the_section_around_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: nano\ngrpo:  # all of it\n  steps: 3  # few\n  loss: grpo\n  sampling: {top_p: 0.9}  # both\n"
+                    "cot: {queries: 2}\nsamples:\n  stop: ['a # b']  #no space\n# a line of its own\n  queries: 4  # last")
+    assert reasons(path) == {"extends": "", "grpo.steps": "few", "grpo.loss": "all of it", "grpo.sampling.top_p": "both",
+                             "cot.queries": "", "samples.stop": "no space", "samples.queries": "last"}
 
 
 def test_the_glossary_has_every_term_whole():
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     assert len(TERMS) == text.count("\n### ") > 30
-    for english, chinese, said, said_in_chinese, _ in TERMS:
-        assert not has_han(said) and 2 <= len(re.findall(r"[.:;](?=\s|$)", said)) <= 4, english
-        assert has_han(said_in_chinese) and len(re.findall("[。；：，]", said_in_chinese)) >= 2, chinese
+    for english, chinese, meaning, chinese_meaning, _ in TERMS:
+        assert not has_han(meaning) and 2 <= len(re.findall(r"[.:;](?=\s|$)", meaning)) <= 4, english
+        assert has_han(chinese_meaning) and len(re.findall("[。；：，]", chinese_meaning)) >= 2, chinese
 
 
 @pytest.mark.parametrize("term", TERMS, ids=[term[0] for term in TERMS])
@@ -60,10 +58,10 @@ def test_what_the_glossary_points_to_is_there(term):
 
 
 def test_citation_names_kit_and_paper():
-    said = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert said["cff-version"] == "1.2.0" and said["message"] and said["title"] and said["authors"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["title"] and citation["authors"]
     project = (ROOT / "pyproject.toml").read_text()
-    assert f'version = "{said["version"]}"' in project and f'license = "{said["license"]}"' in project
-    paper = said["preferred-citation"]
+    assert f'version = "{citation["version"]}"' in project and f'license = "{citation["license"]}"' in project
+    paper = citation["preferred-citation"]
     assert len(paper["authors"]) == 5 and "2506.18841" in paper["url"] and paper["year"] == 2025
     assert "Apache License" in (ROOT / "LICENSE").read_text()

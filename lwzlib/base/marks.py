@@ -1,53 +1,61 @@
-"""The tables of `docs/departures.md`, from the comments of the recipes: what is not published, and what `nano` changes.
+"""What the comments of the recipes say: which quantities are published, and why the others are what they are.
 
-In `paper.yaml` a quantity that is not published carries `# N: why this value`; in another recipe each departure from it
-carries `# why`, on its own line or on that of a section around it. `python -m lwzlib.base.marks` writes the tables into the
-page anew, between the marks that name them; the words around them stay.
+In `paper.yaml` each quantity carries `# A`, `# B` or `# N: why this value`; in another recipe each departure from it carries
+`# why`, on its own line or on that of a section around it. `python -m lwzlib.base.marks` writes the tables of
+`docs/departures.md` anew, between the marks that name them; the words around them stay.
 """
 
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
 
-from lwzlib.base.recipe import RECIPES, departures, flatten, load_recipe
+from lwzlib.base.paths import DOCS
+from lwzlib.base.recipe import departures, flatten, load_recipe, recipe_path
 
-PAGE = RECIPES.parent / "docs" / "departures.md"
-_COMMENT = re.compile(r"\s#\s*(.*)$")
+PAGE = DOCS / "departures.md"
 _TABLE = re.compile(r"(<!-- table: (?P<kind>not published|[\w-]+): (?P<sections>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def reasons(name: str) -> dict[str, str]:
-    """{dotted name: comment} of a preset's own lines; a quantity without one has that of the nearest section around it."""
-    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
-    lines, found = text.splitlines(), {}
-
-    def walk(node: yaml.MappingNode, prefix: str, above: str) -> None:
-        for key, value in node.value:
-            match = _COMMENT.search(lines[key.start_mark.line])
-            why = match[1] if match else above
-            if isinstance(value, yaml.MappingNode):
-                walk(value, f"{prefix}{key.value}.", why)
-            else:
-                found[prefix + key.value] = why
-
-    walk(yaml.compose(text), "", "")
-    return found
+def reasons(source: str | Path) -> dict[str, str]:
+    """{dotted name: comment} of a recipe's own lines; a quantity without one has that of the nearest section around it."""
+    text = recipe_path(source).read_text(encoding="utf-8")
+    tokens = [token for token in yaml.scan(text) if token.start_mark.index < token.end_mark.index]
+    token_ends = {token.end_mark.line: token.end_mark.column for token in tokens}  # the last on each line
+    rests = {number: line[token_ends.get(number, 0) :].strip() for number, line in enumerate(text.splitlines())}
+    comments = {number: rest.removeprefix("#").strip() for number, rest in rests.items() if rest.startswith("#")}
+    return dict(_walk(yaml.compose(text), comments))
 
 
-def not_published(sections: list[str]) -> list[tuple[str, str, str]]:
-    """(quantity, value in `paper`, why) of each quantity of these sections that is marked N; "" where no reason is given."""
-    values = flatten(load_recipe("paper").model_dump())
-    return [(name, _shown(values.get(name)), note) for name, (mark, note) in published_marks().items()
-            if mark == "N" and name.split(".")[0] in sections]
+def _walk(node: yaml.MappingNode, comments: dict[int, str], prefix: str = "", above: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in node.value:
+        comment = comments.get(key.start_mark.line, above)
+        if isinstance(value, yaml.MappingNode):
+            yield from _walk(value, comments, f"{prefix}{key.value}.", comment)
+        else:
+            yield prefix + key.value, comment
 
 
-def changed_quantities(name: str, sections: list[str]) -> list[tuple[str, str, str, str]]:
-    """(quantity, value in `paper`, value in the preset `name`, why) of each departure in these sections."""
-    why = reasons(name)
-    return [(quantity, _shown(published), _shown(here), why.get(quantity, ""))
-            for quantity, published, here in departures(load_recipe(name)) if quantity.split(".")[0] in sections]
+def published_marks() -> dict[str, tuple[str, str]]:
+    """{dotted name: (A, B or N, note)} of `paper.yaml`, where each quantity carries one."""
+    matches = {name: re.fullmatch(r"([ABN])\b[: ]*(.*)", comment) for name, comment in reasons("paper").items()}
+    return {name: (match[1], match[2]) for name, match in matches.items() if match}
+
+
+def table_rows(kind: str, sections: list[str]) -> list[tuple[str, ...]]:
+    """Rows about the quantities of these sections: (quantity, value in `paper`, why) of each that is `not published`, or
+    (quantity, value in `paper`, value here, why) of each in which the preset `kind` departs; why is "" without a comment."""
+    rows: list[tuple[str, ...]]
+    if kind == "not published":
+        values = flatten(load_recipe("paper").model_dump())
+        rows = [(name, _shown(values.get(name)), note) for name, (mark, note) in published_marks().items() if mark == "N"]
+    else:
+        why = reasons(kind)
+        rows = [(name, _shown(published), _shown(here), why.get(name, ""))
+                for name, published, here in departures(load_recipe(kind))]
+    return [row for row in rows if row[0].split(".")[0] in sections]
 
 
 def _shown(value) -> str:
@@ -58,29 +66,19 @@ def _shown(value) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def markdown_table(kind: str, sections: list[str]) -> str:
-    """A Markdown table: `not published`, or the departures of a preset."""
-    rows = not_published(sections) if kind == "not published" else changed_quantities(kind, sections)
-    heads = ("quantity", "`paper`", *([f"`{kind}`"] if kind != "not published" else []), "why")
-    cells = [heads, ["---"] * len(heads), *((f"`{first}`", *rest) for first, *rest in rows)]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells)
-
-
 def rewritten_page(page: str) -> str:
     """The page with every table made anew."""
-    return _TABLE.sub(lambda match: match[1] + markdown_table(match["kind"], match["sections"].split()) + match[4], page)
+    return _TABLE.sub(lambda match: match[1] + _markdown(match["kind"], match["sections"].split()) + match[4], page)
 
 
-def published_marks() -> dict[str, tuple[str, str]]:
-    """{dotted name: (A, B or N, note)}, read from the comments of `paper.yaml`, where each quantity carries one."""
-    found, path = {}, []
-    for line in (RECIPES / "paper.yaml").read_text().splitlines():
-        if match := re.match(r"(\s*)([\w-]+):[^#]*?(?:#\s*([ABN])\b[: ]*(.*))?$", line):
-            indent, key, mark, note = match.groups()
-            path = [*path[: len(indent) // 2], key]
-            if mark:
-                found[".".join(path)] = (mark, note)
-    return found
+def _markdown(kind: str, sections: list[str]) -> str:
+    heads = ("quantity", "`paper`", *([f"`{kind}`"] if kind != "not published" else []), "why")
+    rows = [(f"`{name}`", *cells) for name, *cells in table_rows(kind, sections)]
+    return "".join(map(_markdown_line, (heads, ["---"] * len(heads), *rows)))
+
+
+def _markdown_line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
 if __name__ == "__main__":

@@ -6,16 +6,18 @@ what differs from the paper is computed (`departures`), never remembered.
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from lwzlib.base import quantities as q
 from lwzlib.base.paths import RECIPES
@@ -28,7 +30,7 @@ class RecipeError(ValueError):
 
 
 class Recipe(q.Section):
-    """A whole recipe, as `load` returns it; quantities of two sections that cannot go together are refused too."""
+    """A whole recipe, as `load_recipe` returns it; quantities of two sections that cannot go together are refused too."""
 
     name: str
     launch: Literal["inline", "subprocess", "torchrun", "slurm"]
@@ -54,9 +56,9 @@ class Recipe(q.Section):
         if self.corpus.parts % self.pretrain.shards:
             raise ValueError(f"corpus.parts = {self.corpus.parts} must be a multiple of pretrain.shards = "
                              f"{self.pretrain.shards}: a shard takes whole parts")
-        distilled = any(self.takes_cot(name) for name in self.arms)
         teacher = self.arms.get(self.cot.arm)
-        if distilled and not (teacher and (teacher.start, teacher.prompt, teacher.algorithm) == ("base", "think", "grpo")):
+        if any(map(self._takes_cot, self.arms)) and not (
+                teacher and (teacher.start, teacher.prompt, teacher.algorithm) == ("base", "think", "grpo")):
             raise ValueError(f"cot.arm = {self.cot.arm!r} must name an arm that starts from base, plans, and is trained by "
                              f"grpo; arms are {', '.join(self.arms)}")
         return self
@@ -79,15 +81,15 @@ class Recipe(q.Section):
             raise ValueError("distributed.zero = 3 cannot merge an adapter: give zero: 2, or grpo.lora.rank: 0")
         return self
 
-    def takes_cot(self, arm: str) -> bool:
-        """What `cot.arm` writes is part of what the arm learns from."""
-        asked, change = self.arms[arm], self.arms[arm].change
-        share = change.get("pretrain.cot_token_fraction", self.pretrain.cot_token_fraction)
-        made = change.get("sft.data", self.sft.data) == "made"
-        return (asked.start == "continual-pretrain" and share != 0) or (asked.algorithm == "sft" and made)
+    def _takes_cot(self, name: str) -> bool:
+        """Whether an arm learns from what the arm `cot.arm` writes."""
+        arm = self.arms[name]
+        cot_share = arm.change.get("pretrain.cot_token_fraction", self.pretrain.cot_token_fraction)
+        made = arm.change.get("sft.data", self.sft.data) == "made"
+        return (arm.start == "continual-pretrain" and cot_share != 0) or (arm.algorithm == "sft" and made)
 
     def arm(self, name: str) -> q.Arm:
-        """Raises RecipeError, with the nearest name, for one that the recipe has not."""
+        """The arm of that name. Raises RecipeError, with the nearest name, for one that the recipe does not have."""
         if name not in self.arms:
             raise RecipeError(f"recipe {self.name} has no arm {name!r}{nearest_name(name, self.arms)}; "
                               f"it has {', '.join(self.arms)}")
@@ -95,10 +97,11 @@ class Recipe(q.Section):
 
     def for_arm(self, name: str) -> "Recipe":
         """The recipe with what the arm changes. Raises RecipeError for an unknown arm, quantity or value."""
-        change = self.arm(name).change
-        if whole := [quantity for quantity in change if quantity.split(".")[0] in _NOT_METHOD]:
-            raise RecipeError(f"{self.name}, arm {name}: {whole[0]!r} holds for a whole run, an arm cannot change it")
-        return _validate(self.model_dump(), change, f"{self.name}, arm {name}") if change else self
+        change, place = self.arm(name).change, f"{self.name}, arm {name}"
+        for quantity in change:
+            if quantity.split(".")[0] in _NOT_METHOD:
+                raise RecipeError(f"{place}: {quantity!r} holds for a whole run, an arm cannot change it")
+        return _validated(self.model_dump(), change, place) if change else self
 
     def fingerprint(self, *sections: str, **extra: Any) -> str:
         """Hex digest of the named sections (all of them if none is named) and whatever else a result depends on."""
@@ -118,8 +121,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """Nested dict -> {dotted name: value}."""
     flat = {}
     for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat.update(flatten(value, name + ".") if isinstance(value, dict) else {name: value})
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -129,25 +131,18 @@ def presets() -> list[str]:
 
 
 def load_recipe(source: str | Path, *overrides: dict | list[str] | str | None) -> Recipe:
-    """A preset by name or a YAML file by path, with overrides applied in order.
+    """A preset by name or a YAML file by path, with overrides applied in order: {"grpo.steps": 5}, ["grpo.steps=5"] or
+    "grpo.steps=5 grpo.group_size=4".
 
-    Each of `overrides` is {"grpo.steps": 5}, ["grpo.steps=5"] or "grpo.steps=5 grpo.group_size=4".
     Raises RecipeError for an unknown preset, an unknown name (with the nearest valid one) or a value out of range.
     """
-    pairs = [pair for some in overrides for pair in parse_overrides(some).items()]
-    recipe = _validate(_read(source), dict(pairs), source)
+    changes: dict = {}
+    for given in overrides:
+        changes |= parse_overrides(given)
+    recipe = _validated(_read(source), changes, source)
     for name in recipe.arms:
         recipe.for_arm(name)
     return recipe
-
-
-def _validate(tree: dict, changes: dict, source) -> Recipe:
-    for name, value in changes.items():
-        _put(tree, name, value)
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError(_explain(error, source)) from None
 
 
 def departures(recipe: Recipe, reference: str = "paper") -> list[tuple[str, Any, Any]]:
@@ -156,37 +151,41 @@ def departures(recipe: Recipe, reference: str = "paper") -> list[tuple[str, Any,
     return [(name, theirs.get(name), ours[name]) for name in ours if theirs.get(name) != ours[name]]
 
 
-def _read(source: str | Path) -> dict:
-    return read_extending(source, _path, "recipe", RecipeError, _Loader, _merge)
-
-
-def _path(source: str | Path) -> Path:
-    path = Path(source)
-    if path.suffix in {".yaml", ".yml"}:
-        return path
+def recipe_path(source: str | Path) -> Path:
+    """The YAML file of a preset, or the path itself. Raises RecipeError, with the nearest name, for an unknown preset."""
+    if Path(source).suffix in {".yaml", ".yml"}:
+        return Path(source)
     if str(source) not in presets():
         raise RecipeError(f"no recipe {str(source)!r}{nearest_name(str(source), presets())}; presets: "
                           f"{', '.join(presets())}, or give a path that ends in .yaml")
     return RECIPES / f"{source}.yaml"
 
 
-def read_extending(source: str | Path, find: Callable, what: str, wrong: type[Exception], loader: type, merge: Callable,
-                   below: tuple = ()) -> dict:
-    """The YAML mapping at `find`(source), merged by `merge`(below, above) over what it `extends`. Raises `wrong`, which names
-    the file, for one that cannot be read, is no mapping, or extends itself; `what` it is: a recipe, a profile."""
-    path = find(source)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise wrong(f"cannot read {what} {path}: {error}") from None
-    if not isinstance(tree, dict):
-        raise wrong(f"{what} {path} must be a mapping of names to values, not {type(tree).__name__}")
-    if path in below:
-        raise wrong(f"{what} {path} extends itself")
-    parent = tree.pop("extends", None)
-    if not isinstance(parent, str | None):
-        raise wrong(f"{what} {path}: extends = {parent!r} must be one name")
-    return merge(read_extending(parent, find, what, wrong, loader, merge, (*below, path)), tree) if parent else tree
+def _read(source: str | Path) -> dict:
+    return read_extending(source, recipe_path, "recipe", RecipeError, _Loader, _merge)
+
+
+def read_extending(source, find: Callable, what: str, wrong: type[Exception], loader: type, merge: Callable) -> dict:
+    """The YAML mapping at `find(source)`, laid by `merge(below, above)` over the one that it `extends`, and so on. Raises
+    `wrong`, which names the file, for one that cannot be read, is no mapping, or extends itself; `what`: recipe or profile."""
+    paths: list[Path] = []
+    layers: list[dict] = []
+    while source or not layers:
+        path = find(source)
+        try:
+            tree = yaml.load(path.read_text(encoding="utf-8"), loader)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise wrong(f"cannot read {what} {path}: {error}") from None
+        if not isinstance(tree, dict):
+            raise wrong(f"{what} {path} must be a mapping of names to values, not {type(tree).__name__}")
+        if path in paths:
+            raise wrong(f"{what} {path} extends itself")
+        source = tree.pop("extends", None)
+        if not isinstance(source, str | None):
+            raise wrong(f"{what} {path}: extends = {source!r} must be one name")
+        paths.append(path)
+        layers.append(tree)
+    return functools.reduce(merge, reversed(layers))
 
 
 def _merge(below: dict, above: dict) -> dict:
@@ -198,19 +197,29 @@ def _merge(below: dict, above: dict) -> dict:
     return merged
 
 
-def parse_overrides(overrides) -> dict[str, Any]:
-    """{dotted name: value} of overrides in any of the forms that `load` takes. Raises RecipeError for another."""
+def parse_overrides(overrides: dict | list[str] | str | None) -> dict[str, Any]:
+    """{dotted name: value} of overrides in any of the forms that `load_recipe` takes. Raises RecipeError for another."""
     if isinstance(overrides, dict):
         return overrides
     try:
-        words = shlex.split(overrides) if isinstance(overrides, str) else overrides or []
-        if bad := [word for word in words if "=" not in word]:
-            raise RecipeError(f"override {bad[0]!r} is not of the form name=value, such as grpo.steps=5")
-        return {name: yaml.load(value, _Loader) for name, value in (word.split("=", 1) for word in words)}
+        pairs = [word.partition("=") for word in (shlex.split(overrides) if isinstance(overrides, str) else overrides or [])]
+        values = {name: yaml.load(value, _Loader) for name, _, value in pairs}
     except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
         raise RecipeError(f"cannot read override {overrides!r}: {error}") from None
+    for name, equals, _ in pairs:
+        if not equals:
+            raise RecipeError(f"override {name!r} is not of the form name=value, such as grpo.steps=5")
+    return values
+
+
+def _validated(tree: dict, changes: dict, source: str | Path) -> Recipe:
+    """The recipe of a tree, of which `changes` sets quantities by their dotted names."""
+    for name, value in changes.items():
+        _put(tree, name, value)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {source}: " + "; ".join(map(_explained, error.errors()))) from None
 
 
 def _put(tree: dict, name: str, value: Any) -> None:
@@ -223,22 +232,17 @@ def _put(tree: dict, name: str, value: Any) -> None:
     tree[name] = value
 
 
-def nearest_name(name: str, valid) -> str:
+def nearest_name(name: str, valid: Iterable[str]) -> str:
     """What was probably meant, as the end of an error; "" if nothing is like it."""
-    near = difflib.get_close_matches(name, [str(v) for v in valid], n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, map(str, valid), n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _explain(error: ValidationError, source) -> str:
-    lines = []
-    for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = flatten(_read("paper"))
-            lines.append(f"no quantity {name!r}{nearest_name(name, known)}")
-        elif problem["type"] == "missing":
-            lines.append(f"{name} is missing")
-        else:
-            given = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
-            lines.append(f"{name}{given}: {problem['msg']}")
-    return f"recipe {source}: " + "; ".join(lines)
+def _explained(problem: ErrorDetails) -> str:
+    name = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"no quantity {name!r}{nearest_name(name, flatten(_read('paper')))}"
+    if problem["type"] == "missing":
+        return f"{name} is missing"
+    given = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
+    return f"{name}{given}: {problem['msg']}"
