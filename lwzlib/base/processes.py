@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -10,25 +11,25 @@ from lwzlib.base.rows import RunError
 INTERRUPTED = 130  # exit code of a stage that was stopped and goes on from its last checkpoint
 
 
-def end_with_parent() -> None:
-    """In a launched process: leave when the parent is gone, so that a killed notebook leaves nothing running; save and stop
-    when asked to."""
-    Stop.listen()
-    if parent := int(os.environ.get("LWZ_END_WITH", "0")):
-        end_with(parent)
-
-
 class Interrupted(RunError):
     """A stage that was asked to stop, and did; the same call goes on from its last checkpoint."""
 
 
 def main_process() -> bool:
-    """Of the processes that train together, this one writes. True where there is but one."""
+    """Whether this process writes, of those that train together. True where there is but one."""
     return os.environ.get("RANK", "0") == "0"
 
 
+def end_with_parent() -> None:
+    """Prepare a launched process: it saves and stops when asked to, and ends when the process of LWZ_END_WITH is gone, so that
+    a killed notebook leaves nothing running."""
+    Stop.listen()
+    if parent := int(os.environ.get("LWZ_END_WITH", "0")):
+        end_with(parent)
+
+
 def end_with(parent: int) -> None:
-    """Leave this process when `parent` is no longer its parent: nothing goes on writing after a kill."""
+    """End this process when `parent` is no longer its parent: nothing goes on writing after a kill."""
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -37,15 +38,28 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def end_rank(code: int = 0) -> None:
+    """End this process if it is one of many that train together: after its work, threads of torch or DeepSpeed may abort it.
+    An interrupted one ends with 0: at any other code srun and torchrun would kill the ranks that still save."""
+    if "RANK" in os.environ:
+        torch = sys.modules.get("torch")
+        if torch and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0 if code == INTERRUPTED else code)
+
+
 class Stop:
-    """SIGUSR1, before a time limit: what trains saves and stops after its step (`asked`), all else stops at once."""
+    """SIGUSR1 or SIGUSR2, before a time limit: what trains saves and stops after its step (`asked`), all else stops at once."""
 
     asked = training = False
 
     @classmethod
     def listen(cls) -> None:
-        """Take SIGUSR1 from now on; Python allows it in the main thread alone."""
-        signal.signal(signal.SIGUSR1, cls._come)
+        """Take the signals from now on; Python allows it in the main thread alone."""
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, cls._come)
 
     @classmethod
     def _come(cls, *_) -> None:

@@ -1,31 +1,35 @@
-"""Stages by name, what each needs, and how they are started: in this process, or as one or many processes of their own that
-end with their parent.
+"""Stages, started by name: in this process, in one of their own, or in many; started processes end with this one.
 
-Shared by the arms: cold start, Writing RM; corpus -> pack -> pretrain, with what is distilled from one arm packed in.
-Of an arm: samples before, then GRPO or SFT, then samples of the policy during GRPO, and samples after.
+An interrupt ends what was started. Inside a Slurm job it means that the time is nearly over: a stage first saves a checkpoint.
 """
 
+import codecs
+import collections
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from lwzlib.base.processes import INTERRUPTED, Interrupted
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError, write_atomic
 from lwzlib.base.run_folder import Run
 from lwzlib.pipeline import ranks, vllm_servers
-from lwzlib.pipeline.stages import arm_stages, needs, run_stage, stage_run
+from lwzlib.pipeline.stages import STAGES, arm_stages, needs, run_stage, stage_run
 
-_SPREAD = ("writing-rm", "pretrain", "sft", "grpo")  # the stages that train at scale; the others are one process
 _QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 # glibc gives large blocks back to the system at once; every decoding step then asks for them anew.
 # Its OpenMP threads spin while they wait: a short while is enough, and leaves the cores to others.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26),
           "GOMP_SPINCOUNT": "10000"}
+_POLL_S = 0.05
 
 
 def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Run:
@@ -37,29 +41,33 @@ def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "
     the processes, inside a Slurm job after a checkpoint; the next call resumes.
     """
     run = stage_run(stage, recipe, root, seed, arm)
-    spread = recipe.launch in ("torchrun", "slurm") and stage in _SPREAD
     if run.finished:
         print(f"{stage} of {arm or 'all arms'}: already done in {run.folder}")
-    elif recipe.launch == "inline":
+        return run
+    if recipe.launch == "inline":
         run_stage(stage, recipe, root, seed, arm)
-    else:
-        for other in needs(stage, recipe, arm) if recipe.launch != "subprocess" else []:
-            launch(other[0], recipe, root, seed, other[1])
-        start = [str(stage_run(name, recipe, root, seed, of).folder / "model") for name, of in needs(stage, recipe, arm)
-                 if name in ("cold-start", "pretrain")] or [run.recipe.model.name]
-        with contextlib.ExitStack() as around:
-            before, env = around.enter_context(vllm_servers.ready(stage, recipe, run.folder, start[0])) if spread else ([], {})
-            _stream(before + _command(stage, recipe, Path(root), seed, arm, run.folder), env, [run])
+        return run
+    needed = needs(stage, recipe, arm)
+    if recipe.launch != "subprocess":
+        for other, its_arm in needed:
+            launch(other, recipe, root, seed, its_arm)
+    if recipe.launch == "subprocess" or not STAGES[stage].spreads:
+        _do(_command(stage, recipe, Path(root), seed, arm, run.folder), [run])
+        return run
+    models = [str(stage_run(other, recipe, root, seed, its_arm).folder / "model") for other, its_arm in needed
+              if other in ("cold-start", "pretrain")]
+    with vllm_servers.ready(stage, recipe, run.folder, [*models, run.recipe.model.name][0]) as (world, env):
+        _do(_command(stage, recipe, Path(root), seed, arm, run.folder), [run], world, env)
     return run
 
 
 def launch_arm(recipe: Recipe, root: str | Path, seed: int, arm: str) -> dict[str, Run]:
     """`launch` of all stages of an arm (`arm_stages`), by name. As a subprocess they share one: each start costs seconds."""
     runs = {stage: stage_run(stage, recipe, root, seed, arm) for stage in arm_stages(recipe, arm)}
-    todo = [stage for stage, run in runs.items() if not run.finished]
-    if todo and recipe.launch == "subprocess":
-        command = _command(",".join(todo), recipe, Path(root), seed, arm, runs[todo[0]].folder)
-        _stream(command, {}, [runs[stage] for stage in todo])
+    unfinished = [stage for stage, run in runs.items() if not run.finished]
+    if unfinished and recipe.launch == "subprocess":
+        command = _command(",".join(unfinished), recipe, Path(root), seed, arm, runs[unfinished[0]].folder)
+        _do(command, [runs[stage] for stage in unfinished])
     else:
         for stage in runs:
             launch(stage, recipe, root, seed, arm)
@@ -67,52 +75,75 @@ def launch_arm(recipe: Recipe, root: str | Path, seed: int, arm: str) -> dict[st
 
 
 def _command(stage: str, recipe: Recipe, root: Path, seed: int, arm: str, folder: Path) -> list[str]:
-    """Do the stage, or several (a,b), in a process of its own; the recipe lies in the run's folder, which all nodes see."""
+    """The command that does the stage, or several (a,b); the recipe lies in the run's folder, which all nodes see."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("logs/failed-*.json"):
-        old.unlink()
     write_atomic(folder / "asked.yaml", recipe.model_dump_json())  # JSON is YAML too
     return [sys.executable, "-m", "lwzlib.cli.main", "stage", stage, str((folder / "asked.yaml").resolve()), "--run-dir",
             str(root.resolve()), "--seed", str(seed), *(["--arm", arm] if arm else [])]
 
 
-def _stream(command: list[str], env: dict, runs: list[Run]) -> None:
-    """Do what the command does for these runs, one after the other."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | MALLOC | _QUIET | {"LWZ_END_WITH": str(os.getpid())} | env)
-    assert process.stdout
-    last: list[str] = []
-    try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            last = [*last[-30:], line]
-    except KeyboardInterrupt:
-        _end(process, process.stdout)
-        raise
-    finally:
-        process.stdout.close()
-        code = process.wait()
+def _do(command: list[str], runs: list[Run], world: ranks.World | None = None, env: dict[str, str] | None = None) -> None:
+    """Do what the command does for these runs, one after the other, and print its output. With a `world`, every rank does it,
+    and the output is that of rank 0. Raises Interrupted or RunError."""
+    logs, said, log = runs[0].folder / "logs", collections.deque[str](maxlen=1_000), None
+    if world:
+        command, more = ranks.in_every_rank(world, command, logs)
+        env = (env or {}) | more
+        log = logs / "rank-000.log"
+        log.write_bytes(b"")  # of an earlier start
+    with contextlib.ExitStack() as opened, subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+            start_new_session=True,  # Ctrl-C in a terminal or in Jupyter reaches it through `_end` alone
+            env=os.environ | MALLOC | _QUIET | {"LWZ_END_WITH": str(os.getpid())} | (env or {})) as process:
+        assert process.stdout
+        streams = [process.stdout, *([opened.enter_context(log.open("rb", buffering=0))] if log else [])]
+        os.set_blocking(process.stdout.fileno(), False)
+        show = functools.partial(_show_until_end, process, streams, said)
+        try:
+            show()
+        except KeyboardInterrupt:
+            _end(process, show, world)
+            raise
+    _check(process.returncode, runs, "".join(said), world)
+
+
+def _show_until_end(process: subprocess.Popen, streams: list, said: collections.deque[str]) -> None:
+    """Print what comes in the streams until the process has ended; the last of it stays in `said`."""
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in streams]
+    ended = False
+    while not ended:
+        ended = process.poll() is not None
+        for stream, decoder in zip(streams, decoders, strict=True):
+            while chunk := stream.read(65_536):
+                said.append(decoder.decode(chunk))
+                print(said[-1], end="", flush=True)
+        time.sleep(0 if ended else _POLL_S)
+
+
+def _end(process: subprocess.Popen, show: Callable[[], None], world: ranks.World | None) -> None:
+    """Stop a stage. In a Slurm job an interrupt says that the time ends: the stage saves first; a second one stops it now."""
+    for number in [signal.SIGUSR1] * ("SLURM_JOB_ID" in os.environ) + [signal.SIGINT]:
+        if number == signal.SIGUSR1 and world and not world.slurm:  # srun hands it to the ranks; torchrun would die of it
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for rank in psutil.Process(process.pid).children():
+                    rank.send_signal(number)
+        else:
+            process.send_signal(number)
+        try:
+            return show()
+        except KeyboardInterrupt:
+            continue
+
+
+def _check(code: int, runs: list[Run], said: str, world: ranks.World | None) -> None:
+    """Raise RunError or Interrupted if the processes ended with another exit code than 0, or before the runs were finished."""
     run = next((run for run in runs if not run.finished), runs[-1])  # where it stopped
-    failed = ranks.failure(run.folder / "logs")
-    if code == INTERRUPTED and not failed:
+    if code == INTERRUPTED or (not code and not run.finished):
         raise Interrupted(f"the stage was asked to stop, and did after step {run.status.get('checkpoint_step', 0)}; the same "
                           "call goes on from there")
     if code:
         if run.status.get("state") in ("running", "interrupted"):  # its main process was ended with the others
             run.update(state="failed")
-        said = failed or f"its last lines:\n{''.join(last)}"
-        raise RunError(f"the stage ended with exit code {code}; {said}")
-
-
-def _end(process: subprocess.Popen, said: Iterable[str]) -> None:
-    """Stop a stage. In a Slurm job an interrupt says that the time ends: the stage saves first; a second one stops it now."""
-    for number in [signal.SIGUSR1] * ("SLURM_JOB_ID" in os.environ) + [signal.SIGINT]:
-        process.send_signal(number)
-        try:
-            for line in said:
-                print(line, end="", flush=True)
-            process.wait()
-            return
-        except KeyboardInterrupt:
-            continue
+        failed = world and ranks.failure(world, said, run.folder / "logs")
+        last = "\n".join(said.splitlines()[-30:])
+        raise RunError(f"the stage ended with exit code {code}; " + (failed or f"its last lines:\n{last}"))

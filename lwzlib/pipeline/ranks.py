@@ -1,36 +1,42 @@
-"""A stage in many processes: where they run, who starts them, and what is shown when one dies.
+"""A stage in many processes: where they run, what starts them, and which of them failed first.
 
 Published: 8 nodes of 8 H800. How the work was spread is not; here TRL's trainers run under accelerate, with DeepSpeed's ZeRO
-where the recipe asks for it. On each node an agent (this module, as a program) starts one process a GPU with the variables
-that torch reads (RANK, MASTER_ADDR, ...), as torchrun does. It is not torchrun, because a stage must save before a time
-limit: the agent passes SIGUSR1 on to every rank, where torchrun would die of it. On a Slurm allocation `srun` starts the
-agents. Rank 0 alone writes rows and status; every rank has a log of its own in the run folder.
+where the recipe asks for it. On Slurm `srun` starts one task per GPU, on one machine torchrun does; either ends all ranks when
+one fails. Every rank sees all GPUs of its node and has a log of its own; rank 0 alone writes rows and status.
+
+Two things are our own, because neither engine has them: `meet` names a node that cannot be reached, for which torch would wait
+half an hour; `failure` puts what the engine says of the first failing rank together with the traceback in that rank's log.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import json
 import os
+import platform
 import random
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-from lwzlib.base.processes import INTERRUPTED, end_with
 from lwzlib.base.recipe import Recipe
-from lwzlib.base.rows import RunError, write_atomic
+from lwzlib.base.rows import RunError
 
-_PORTS = 5  # of a job: rendezvous, health check, vLLM's weights, its server, its engines
-_MEET_S = 60  # for the nodes of an allocation to reach each other
-_SAVE_S = 900  # for the other ranks, when the first has saved and stopped: rank 0 may still write
+_PORTS = 5  # of a job: rendezvous, `meet`, vLLM's weights, its server, its engines
+_MEET_S = 50  # for the nodes of an allocation to reach each other
 _GRACE_S = 10  # for ranks that were asked to end
-_POLL_S = 0.05
+_WITH_US = ("setpriv", "--pdeathsig", "TERM")  # a command that ends when its parent does
+# A shell gives a rank what its engine does not, and becomes the rank. Without its engine it ends (`end_with_parent`).
+_SRUN_RANK = ("export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LWZ_END_WITH=$PPID; "
+              'exec "$@"')
+# torchrun's --log-dir would put output and errors apart, into folders of random names.
+_TORCHRUN_RANK = 'export LWZ_END_WITH=$PPID; exec "$@" > "$LWZ_LOGS/rank-$(printf %03d $RANK).log" 2>&1'
+# What the engines say of the rank that failed first.
+_SRUN_SAYS = re.compile(r"^srun: error: (?P<host>\S+): tasks? (?P<rank>\d+)\S*: (?:Exited with exit code )?(?P<how>.+)$", re.M)
+_TORCHRUN_SAYS = re.compile(r"Root Cause.*?^  rank +: (?P<rank>\d+).*?^  exitcode +: (?P<how>-?\d+)", re.M | re.S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ class World:
 
     @property
     def size(self) -> int:
-        """Processes that train together; servers are not counted."""
+        """Number of processes that train together; servers are not counted."""
         return len(self.hosts) * self.processes
 
 
@@ -90,25 +96,50 @@ def job_port(job: str) -> int:
     return 10_000 + int(job) % 4_000 * _PORTS
 
 
-def agents(at: World, logs: Path) -> list[str]:
-    """What to put before a command to run it in every process of the world; it ends when all of them have ended."""
-    agent = [sys.executable, "-m", "lwzlib.pipeline.ranks", "--head", at.hosts[0], "--port", str(at.port), "--nodes",
-             str(len(at.hosts)), "--processes", str(at.processes), "--logs", str(logs.resolve()), "--"]
-    return (srun(at.hosts) if at.slurm else []) + agent
+def in_every_rank(at: World, command: list[str], logs: Path) -> tuple[list[str], dict[str, str]]:
+    """The command that runs `command` in every rank of the world, and what it needs in its environment. The logs are
+    `rank-000.log` and so on; with the first rank that fails, or with this process, all ranks end."""
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores(at.slurm) // at.processes)))
+    env = {"OMP_NUM_THREADS": threads, "LWZ_LOGS": str(logs.resolve()),
+           "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")}  # DeepSpeed's, at every step
+    if at.slurm:
+        env |= {"MASTER_ADDR": at.hosts[0], "MASTER_PORT": str(at.port), "LOCAL_WORLD_SIZE": str(at.processes)}
+        output = f"--output={str(logs.resolve()).replace('%', '%%')}/rank-%3t.log"
+        return [*srun(at.hosts, at.processes, output, "--open-mode=truncate"), "sh", "-c", _SRUN_RANK, "rank", *command], env
+    return [*_WITH_US, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={at.processes}",
+            f"--master-addr={at.hosts[0]}", f"--master-port={at.port}", "--monitor-interval=0.05",
+            f"--shutdown-timeout={_GRACE_S}", "--no-python", "sh", "-c", _TORCHRUN_RANK, "rank", *command], env
 
 
-def srun(hosts: list[str]) -> list[str]:
-    """One task on each host, inside the allocation and the job's container, beside other steps; all end when one fails, or when
-    we do."""
-    return ["setpriv", "--pdeathsig", "TERM", "srun", "--overlap", "--quit-on-interrupt", "--unbuffered",
-            "--kill-on-bad-exit=1", "--distribution=block", f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}",
-            "--ntasks-per-node=1", f"--nodelist={','.join(hosts)}", *shlex.split(os.environ.get("LWZ_CONTAINER", ""))]
+def _cores(slurm: bool) -> int:
+    """Number of cores of each node: of a Slurm job's part of it, on the node where that is smallest ("96(x3),64")."""
+    per_node = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_JOB_CPUS_PER_NODE", "")) if slurm else []
+    return min(map(int, per_node), default=os.cpu_count() or 1)
 
 
-def failure(logs: Path) -> str:
-    """The first rank that failed, with its traceback; "" if none did."""
-    found = sorted((json.loads(path.read_text()) for path in logs.glob("failed-*.json")), key=lambda each: each["at"])
-    return f"{found[0]['what']}; its last lines:\n{found[0]['said']}" if found else ""
+def srun(hosts: list[str], tasks: int = 1, *options: str) -> list[str]:
+    """The start of a command that runs as `tasks` tasks on each host, inside the allocation and the job's container, beside
+    other steps. A task sees all GPUs of its node and has its share of the cores. All end when one fails, or when we do."""
+    cores = _cores(slurm=True)
+    return [*_WITH_US, "srun", "--overlap", "--quit-on-interrupt", "--unbuffered", "--kill-on-bad-exit=1", "--wait=0",
+            "--export=ALL", "--distribution=block", f"--nodes={len(hosts)}", f"--ntasks={len(hosts) * tasks}",
+            f"--ntasks-per-node={tasks}", f"--cpus-per-task={max(1, cores // tasks)}", *["--overcommit"] * (tasks > cores),
+            f"--nodelist={','.join(hosts)}", *options, *shlex.split(os.environ.get("LWZ_CONTAINER", ""))]
+
+
+def failure(at: World, said: str, logs: Path) -> str:
+    """The first rank that failed, how, and the end of its log; "" if `said`, the engine's words, names none."""
+    first = (_SRUN_SAYS if at.slurm else _TORCHRUN_SAYS).search(said)
+    if not first:
+        return ""
+    signals = {signal.strsignal(number): f"-{number}" for number in signal.valid_signals()}
+    rank, how = int(first["rank"]), signals.get(first["how"], first["how"])
+    host, log = first["host"] if at.slurm else platform.node(), logs / f"rank-{rank:03d}.log"
+    if how.removeprefix("-").isdigit():
+        how = f", by signal {how[1:]}" if how.startswith("-") else f", with exit code {how}"
+    else:
+        how = f": {how}"
+    return f"rank {rank} of {at.size} on {host} ended first{how} (log: {log}); its last lines:\n{tail(log)}"
 
 
 def tail(path: Path, lines: int = 40) -> str:
@@ -118,154 +149,47 @@ def tail(path: Path, lines: int = 40) -> str:
     return "\n".join(last[starts[-1] :] if starts else last)
 
 
-def meet(head: str, port: int, node: int, nodes: int, patience_s: float) -> None:
-    """Every node reaches the head, or RunError says within `patience_s` who does not."""
-    deadline = time.monotonic() + patience_s
-    if node:
-        while True:
-            try:
-                with socket.create_connection((head, port), timeout=5) as line:
-                    line.sendall(f"{node} {socket.gethostname()}".encode())
-                    line.shutdown(socket.SHUT_WR)
-                    line.settimeout(max(1.0, deadline - time.monotonic()))
-                    if line.recv(2) == b"ok":
-                        return
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise RunError(f"node {node} ({socket.gethostname()}) cannot reach the head node at {head}:{port} within "
-                                   f"{patience_s:g} s: {error}") from None
-            time.sleep(_POLL_S)
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(socket.create_server(("", port)))
-        came: dict[int, socket.socket] = {}
-        while len(came) < nodes - 1:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                line = stack.enter_context(server.accept()[0])
-            except TimeoutError:
-                away = sorted(set(range(1, nodes)) - set(came))
-                raise RunError(f"of {nodes} nodes, node {', '.join(map(str, away))} did not reach {head}:{port} within "
-                               f"{patience_s:g} s") from None
-            line.settimeout(5)
-            with contextlib.suppress(OSError, ValueError):
-                came[int(line.recv(300).split()[0])] = line
-        for line in came.values():
-            line.sendall(b"ok")
+def meet(at: World) -> None:
+    """Let every node reach the first one over the network. Raises RunError that names those which do not within a minute."""
+    where = (at.hosts[0], str(at.port + 1))
+    command = [*srun(at.hosts), sys.executable, "-m", "lwzlib.pipeline.ranks", *where, str(len(at.hosts)), str(_MEET_S)]
+    done = subprocess.run(["timeout", "--kill-after=2", str(_MEET_S + 6), *command], stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True)
+    if away := [host for host in at.hosts if host not in done.stdout.split()]:
+        raise RunError(f"of {len(at.hosts)} nodes, {', '.join(away)} did not reach {':'.join(where)} within {_MEET_S} s; "
+                       f"srun said:\n{done.stderr.strip()}")
 
 
-def leave(code: int = 0) -> None:
-    """A rank leaves its group and ends here: after its work is done, threads of torch or DeepSpeed may abort it at its end."""
-    torch = sys.modules.get("torch")
-    if torch and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def meet_here(head: str, port: int, nodes: int, patience_s: float) -> None:
+    """The task of `meet` on each node: print the node's name when it reaches the first one, which listens until all have come.
+    Raises SystemExit."""
+    number, name, deadline = os.environ["SLURM_PROCID"], os.environ["SLURMD_NODENAME"], time.monotonic() + patience_s
+    if number == "0":
+        missing = {str(other).encode() for other in range(1, nodes)}
+        with socket.create_server(("", port)) as server:
+            _say(name)
+            while missing:  # `meet` ends it
+                with contextlib.suppress(OSError), server.accept()[0] as line:
+                    line.settimeout(5)
+                    missing.discard(line.recv(9))
+        return
+    while True:
+        try:
+            with socket.create_connection((head, port), timeout=5) as line:
+                line.sendall(number.encode())
+            return _say(name)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise SystemExit(
+                    f"{name} cannot reach the head node at {head}:{port} within {patience_s:g} s: {error}") from None
+        time.sleep(0.05)
 
 
-class Agent:
-    """Starts the ranks of one node and ends them together."""
-
-    def __init__(self, node: int, options: argparse.Namespace):
-        self.node, self.options, self.ranks = node, options, {}
-        self.ending: float | None = None
-
-    def start(self) -> None:
-        """One process a GPU, with torch's variables and a log of its own; rank 0 is shown too. Raises OSError."""
-        o, size = self.options, self.options.nodes * self.options.processes
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // o.processes)))
-        for local in range(o.processes):
-            rank = self.node * o.processes + local
-            env = {"PYTHONWARNINGS": "ignore::FutureWarning"} | os.environ | {  # DeepSpeed's, at every step
-                "RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(o.processes),
-                "MASTER_ADDR": o.head, "MASTER_PORT": str(o.port), "OMP_NUM_THREADS": threads, "LWZ_END_WITH": str(os.getpid())}
-            with self.log(rank).open("wb") as log:
-                self.ranks[rank] = subprocess.Popen(
-                    o.command, env=env, stdin=subprocess.DEVNULL, stdout=log if rank else subprocess.PIPE,
-                    stderr=subprocess.STDOUT, start_new_session=True)
-            if rank == 0:
-                self.echo = threading.Thread(target=self.show, args=(self.ranks[0].stdout, self.log(0)))
-                self.echo.start()
-
-    def show(self, stream, path: Path) -> None:
-        """Copy what rank 0 says, line by line, into its log and to our own output; runs in a thread."""
-        with path.open("wb", buffering=0) as log:
-            for line in stream:
-                log.write(line)
-                print(line.decode(errors="replace"), end="", flush=True)
-
-    def log(self, rank: int) -> Path:
-        """`rank-000.log` and so on, in the folder that `--logs` names."""
-        return self.options.logs / f"rank-{rank:03d}.log"
-
-    def signal(self, number: int) -> None:
-        """To each rank of this node that still runs."""
-        for process in self.ranks.values():
-            if process.poll() is None:
-                process.send_signal(number)
-
-    def end(self, *_) -> None:
-        """Ask the ranks to stop, once; `wait` kills those that do not."""
-        if self.ending is None or self.ending > time.monotonic():
-            self.ending = time.monotonic()
-            self.signal(signal.SIGINT)
-
-    def wait(self) -> int:
-        """0 if every rank ended well, else the code of the first that did not, the others ended."""
-        code = 0
-        while any(process.poll() is None for process in self.ranks.values()):
-            bad = next(((rank, p.returncode) for rank, p in self.ranks.items() if p.poll() not in (None, 0)), None)
-            if bad and not code:
-                code = self.report(*bad)
-            if self.ending and time.monotonic() > self.ending + _GRACE_S:
-                self.signal(signal.SIGKILL)
-            time.sleep(_POLL_S)
-        late = next(((rank, p.returncode) for rank, p in self.ranks.items() if p.returncode), None)
-        if late and not code:
-            code = self.report(*late)
-        return code
-
-    def report(self, rank: int, code: int) -> int:
-        """Remember the first rank that failed, and end the others. An interrupted rank did not fail: all are stopping."""
-        if code in (INTERRUPTED, -signal.SIGUSR1) or self.ending:
-            self.ending = self.ending or time.monotonic() + _SAVE_S
-            return INTERRUPTED
-        what = f"rank {rank} of {self.options.nodes * self.options.processes} on {socket.gethostname()} ended first, " + (
-            f"by signal {-code}" if code < 0 else f"with exit code {code}") + f" (log: {self.log(rank)})"
-        write_atomic(self.options.logs / f"failed-{self.node}.json",
-                     json.dumps({"at": time.time(), "what": what, "said": tail(self.log(rank))}))
-        print(f"{what}; the other ranks are ended", flush=True)
-        self.end()
-        return code if code > 0 else 1
-
-
-def main() -> int:
-    """The agent of one node: exit code of its first rank that failed, or 0."""
-    parser = argparse.ArgumentParser(description="Start the ranks of this node; see lwzlib.pipeline.ranks.")
-    parser.add_argument("--head", required=True)
-    parser.add_argument("--logs", required=True, type=Path)
-    for name in ("--port", "--nodes", "--processes"):
-        parser.add_argument(name, required=True, type=int)
-    parser.add_argument("command", nargs="+")
-    options = parser.parse_args()
-    if parent := int(os.environ.get("LWZ_END_WITH", "0")) if options.nodes == 1 and "SLURM_STEP_ID" not in os.environ else 0:
-        end_with(parent)
-    node = int(os.environ.get("SLURM_PROCID", "0")) if options.nodes > 1 else 0
-    agent = Agent(node, options)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, agent.end)
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *_: agent.signal(signal.SIGUSR1))
-    try:
-        if options.nodes > 1:
-            meet(options.head, options.port + 1, node, options.nodes, _MEET_S)
-        agent.start()
-    except (RunError, OSError) as error:
-        print(f"lwz: {error}", flush=True)
-        agent.end()
-        return 1
-    return agent.wait()
+def _say(name: str) -> None:
+    """Print a line in one piece: with `--unbuffered`, srun mixes what its tasks write."""
+    sys.stdout.write(f"{name}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    meet_here(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

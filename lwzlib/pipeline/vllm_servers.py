@@ -29,17 +29,18 @@ _WRITES = ["--generation-config", "vllm"]  # not the model's own: the recipe say
 
 
 @contextlib.contextmanager
-def ready(stage: str, recipe: Recipe, folder: Path, model: str) -> Iterator[tuple[list[str], dict]]:
-    """What to put before a stage's command to run it in every process of the world, and what to add to its environment.
-    For `grpo` with vLLM servers these answer, and are stopped at the end. Raises RunError before anything is started."""
+def ready(stage: str, recipe: Recipe, folder: Path, model: str) -> Iterator[tuple[ranks.World, dict[str, str]]]:
+    """Where a stage's ranks run, and what to add to their environment. For `grpo` with vLLM servers these answer, and are
+    stopped at the end. Raises RunError before anything is started."""
     served = stage == "grpo" and recipe.vllm.mode == "server"
     at, logs = ranks.world(recipe, served), folder / "logs"
     if stage == "grpo":
         accumulation(recipe, at.size)
+    if len(at.hosts) > 1:
+        ranks.meet(at)
     logs.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as around:
-        env = around.enter_context(serve(recipe, at, logs, model)) if served else {}
-        yield ranks.agents(at, logs), env
+        yield at, around.enter_context(serve(recipe, at, logs, model)) if served else {}
 
 
 def everywhere(recipe: Recipe) -> ranks.World:

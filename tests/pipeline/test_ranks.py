@@ -2,11 +2,11 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import psutil
@@ -21,8 +21,8 @@ from lwzlib.base.rows import RunError
 from lwzlib.base.run_folder import Run
 from lwzlib.method import rewards
 from lwzlib.method.queries import load_queries
-from lwzlib.pipeline import launch, ranks, stages
-from lwzlib.pipeline.stages import _OF_ARMS, arm_stages, needs, run_stage, stage_run
+from lwzlib.pipeline import launch, ranks
+from lwzlib.pipeline.stages import stage_run
 
 TWO = ["launch=torchrun", "distributed.processes=2", "grpo.micro_batch_completions=2"]
 
@@ -71,23 +71,31 @@ def test_zero_learns_with_a_judge_that_zero_trained(smoke, tmp_path):
 
 
 def family(run: Run) -> tuple[psutil.Process, list[psutil.Process]]:
-    """The agent and its ranks, in order."""
-    agent = psutil.Process(run.status["pid"]).parent()
-    return agent, sorted((p for p in agent.children()), key=lambda p: p.environ()["RANK"])
+    """torchrun and its ranks, in order."""
+    torchrun = psutil.Process(run.status["pid"]).parent()
+    return torchrun, sorted(torchrun.children(), key=lambda rank: rank.environ()["RANK"])
 
 
-def test_a_signal_saves_and_the_next_start_ends_as_if_nothing_had_been(smoke, tmp_path):
+@pytest.mark.parametrize("interrupted", ["ranks", "notebook in a job"])
+def test_a_signal_saves_and_the_next_start_ends_as_if_nothing_had_been(smoke, tmp_path, monkeypatch, interrupted):
     asked = [*TWO, "grpo.steps=12", "grpo.checkpoint_every_steps=12"]
     whole = trained(tmp_path / "whole", asked)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
     parent, run = start(tmp_path / "stopped", asked)
     until(lambda: run.status.get("step", 0) >= 3, "step 3", 90)
-    agent, ranks = family(run)
-    agent.send_signal(signal.SIGUSR1)
+    torchrun, ranks = family(run)
+    if interrupted == "ranks":
+        for rank in ranks:
+            rank.send_signal(signal.SIGUSR1)
+        expected = "lwzlib.base.processes.Interrupted: the stage was asked to stop, and did after step"
+    else:
+        parent.send_signal(signal.SIGINT)
+        expected = "KeyboardInterrupt"
     said = parent.communicate(timeout=60)[0]
     step = run.status["checkpoint_step"]
-    assert "lwzlib.base.processes.Interrupted: the stage was asked to stop, and did after step" in said
+    assert expected in said
     assert 3 <= step < 12 and run.status["state"] == "interrupted" and len(run.rows()) == step
-    assert not any(p.is_running() for p in [agent, *ranks])
+    assert not any(p.is_running() for p in [torchrun, *ranks])
     trained(tmp_path / "stopped", asked)
     assert comparable(run.rows()) == comparable(whole.rows())
     assert all((weights(run)[name] == value).all() for name, value in weights(whole).items())
@@ -96,29 +104,27 @@ def test_a_signal_saves_and_the_next_start_ends_as_if_nothing_had_been(smoke, tm
 def test_a_killed_rank_ends_the_others(smoke, tmp_path):
     parent, run = start(tmp_path, TWO, ["grpo.steps=100000"])
     until(lambda: run.status.get("step", 0) >= 1, "step 1", 90)
-    agent, ranks = family(run)
+    torchrun, ranks = family(run)
     ranks[1].kill()
     said = parent.communicate(timeout=60)[0]
     assert f"rank 1 of 2 on {os.uname().nodename} ended first, by signal 9" in said
-    assert run.status["state"] == "failed" and not any(p.is_running() for p in [agent, *ranks])
+    assert run.status["state"] == "failed" and not any(p.is_running() for p in [torchrun, *ranks])
 
 
 def test_ranks_end_with_a_killed_notebook(smoke, tmp_path):
     parent, run = start(tmp_path, TWO, ["grpo.steps=100000"])
     until(lambda: run.status.get("step", 0) >= 1, "step 1", 90)
-    agent, ranks = family(run)
+    torchrun, ranks = family(run)
     parent.kill()
     parent.wait()
-    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in [agent, *ranks]), "their end", 30)
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in [torchrun, *ranks]), "their end", 30)
 
 
 def run_ranks(tmp_path, code: str, processes: int = 3):
     """A world of plain Python processes in place of a stage."""
-    at = ranks.World(["127.0.0.1"], processes, 1)
-    tmp_path.mkdir(exist_ok=True)
-    done = subprocess.run([*ranks.agents(at, tmp_path), sys.executable, "-c", code], capture_output=True, text=True,
-                          timeout=60)
-    return done
+    at = ranks.world(load_recipe("smoke", TWO, [f"distributed.processes={processes}"]))
+    command, env = ranks.in_every_rank(at, [sys.executable, "-c", code], tmp_path)
+    return at, subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=90)
 
 
 def test_the_traceback_of_the_first_rank_that_fails_is_shown(smoke, tmp_path, monkeypatch):
@@ -132,57 +138,59 @@ def test_the_traceback_of_the_first_rank_that_fails_is_shown(smoke, tmp_path, mo
 def test_ranks_know_who_they_are_and_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-    done = run_ranks(tmp_path, f"import os; print(*[os.environ[n] for n in {names}])", 2)
-    assert done.returncode == 0
+    at, done = run_ranks(tmp_path, f"import os; print(*[os.environ[n] for n in {names}])", 2)
+    assert done.returncode == 0, done.stderr
     threads = max(1, os.cpu_count() // 2)
-    assert done.stdout == f"0 0 2 2 127.0.0.1 1 {threads}\n" == (tmp_path / "rank-000.log").read_text()
-    assert (tmp_path / "rank-001.log").read_text() == f"1 1 2 2 127.0.0.1 1 {threads}\n"
+    for rank in range(2):
+        assert (tmp_path / f"rank-00{rank}.log").read_text() == f"{rank} {rank} 2 2 127.0.0.1 {at.port} {threads}\n"
 
 
-def test_ranks_that_stop_when_asked_did_not_fail(tmp_path):
-    assert run_ranks(tmp_path, f"raise SystemExit({INTERRUPTED})").returncode == INTERRUPTED
-    assert not list(tmp_path.glob("failed-*"))
+def test_ranks_that_stop_when_asked_did_not_fail(smoke, tmp_path, monkeypatch):
+    code = f"from lwzlib.base.processes import end_rank; end_rank({INTERRUPTED})"
+    monkeypatch.setattr(launch, "_command", lambda *_: [sys.executable, "-c", code])
+    with pytest.raises(Interrupted, match="the stage was asked to stop, and did after step 0"):
+        trained(tmp_path, TWO)
 
 
-def test_a_rank_that_does_not_end_is_killed(tmp_path, monkeypatch):
-    code = "import os, signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" \
-           "os.environ['RANK'] == '0' and os._exit(3)\ntime.sleep(600)"
+def test_a_rank_that_does_not_end_is_killed(tmp_path):
+    code = "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" \
+           "os.environ['RANK'] == '0' and time.sleep(2) or os.environ['RANK'] == '0' and os._exit(3)\ntime.sleep(600)"
     started = time.monotonic()
-    assert run_ranks(tmp_path, code, 2).returncode == 3
-    assert time.monotonic() - started < ranks._GRACE_S + 15
+    at, done = run_ranks(tmp_path, code, 2)
+    assert "rank 0 of 2" in (said := ranks.failure(at, done.stderr, tmp_path)) and "with exit code 3" in said
+    assert 30 < time.monotonic() - started < 60, "torchrun waits 30 s for the other"
+
+
+def meeting(numbers: tuple[int, ...], nodes: int, patience_s: float) -> tuple[list[str], str]:
+    """Names that were printed, and what went wrong, in tasks of `meet` with these numbers on this machine."""
+    port = ranks.world(load_recipe("smoke", TWO)).port
+    command = [sys.executable, "-m", "lwzlib.pipeline.ranks", "127.0.0.1", str(port), str(nodes), str(patience_s)]
+    tasks = [subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(number), "SLURMD_NODENAME": f"node{number}"},
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for number in numbers]
+    said = [task.communicate(timeout=60) for task in tasks]
+    return "".join(out for out, _ in said).split(), "".join(error for _, error in said)
 
 
 def test_nodes_meet_before_anything_is_started():
-    port, errors = _free_port(), []
-
-    def node(number):
-        try:
-            ranks.meet("127.0.0.1", port, number, 3, 20)
-        except RunError as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=node, args=(number,)) for number in (2, 1, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not errors and not any(thread.is_alive() for thread in threads)
+    assert meeting((2, 1, 0), 3, 30) == (["node2", "node1", "node0"], "")
 
 
-def test_a_node_that_cannot_be_reached_is_named_within_the_patience():
-    port = _free_port()
-    with pytest.raises(RunError, match=f"node 1 .* cannot reach the head node at 127.0.0.1:{port} within 0.3 s"):
-        ranks.meet("127.0.0.1", port, 1, 2, 0.3)
-    with pytest.raises(RunError, match=f"of 3 nodes, node 1, 2 did not reach 127.0.0.1:{port} within 0.3 s"):
-        ranks.meet("127.0.0.1", port, 0, 3, 0.3)
+def test_a_node_that_cannot_be_reached_is_named_within_the_patience(program):
+    names, error = meeting((1,), 2, 0.3)
+    assert not names and re.search(r"node1 cannot reach the head node at 127.0.0.1:\d+ within 0.3 s", error)
+    program("srun", "import sys; print('node1\\nnode3'); sys.exit('node2 cannot reach the head node')")
+    with pytest.raises(RunError, match=r"(?s)of 3 nodes, node2 did not reach node1:6 within 50 s.*node2 cannot reach the head"):
+        ranks.meet(ranks.World(["node1", "node2", "node3"], 8, 5, slurm=True))
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+@pytest.mark.parametrize(("said", "expected"), [
+    ("srun: error: n2: task 9: Killed\nsrun: error: n1: tasks 0-7: Terminated", "rank 9 of 16 on n2 ended first, by signal 9 "),
+    ("srun: error: n1: tasks 3,5: Exited with exit code 2", "rank 3 of 16 on n1 ended first, with exit code 2 "),
+    ("srun: error: n2: task 8: Out Of Memory", "rank 8 of 16 on n2 ended first: Out Of Memory "),
+    ("srun: error: Unable to create step for job 5: Requested node configuration is not available", "")])
+def test_what_srun_says_of_the_first_rank_that_failed(tmp_path, said, expected):
+    at = ranks.World(["n1", "n2"], 8, 5, slurm=True)
+    assert ranks.failure(at, f"step 1/4\n{said}\n", tmp_path).startswith(expected)
 
 
 def test_ports_of_a_job_are_its_own_and_below_those_of_clients():
@@ -240,40 +248,9 @@ def test_a_checkpoint_is_due_by_the_clock(smoke, tmp_path):
     assert not control.should_save
 
 
-@pytest.mark.parametrize("name", ["nano", "smoke", "paper"])
-def test_what_a_stage_needs_is_what_it_asks_for(name, tmp_path, monkeypatch):
-    """`launch` does the needs first, each by its own launch; then the stage itself must find all of them finished."""
-    made = load_recipe(name, "data.train=kit:train data.heldout=kit:heldout reward.length.max_words=14000")
-    for arm in made.arms:
-        for stage in ("cold-start", "writing-rm", "corpus", "distil", "pack", "pretrain", *arm_stages(made, arm)):
-            asked, original = [], run_stage
-
-            def first(other, recipe, root, seed, of=None, own=stage, asked=asked, original=original):
-                if other == own and not asked:
-                    asked.append(None)
-                    return original(other, recipe, root, seed, of)
-                asked.append((other, of))
-                return tmp_path
-
-            monkeypatch.setattr(stages, "run_stage", first)
-            for module, functions in _WORK.items():
-                for function in functions:
-                    monkeypatch.setattr(f"lwzlib.{module}.{function}", lambda *_: tmp_path)
-            run_stage(stage, made, tmp_path, 0, arm if stage in _OF_ARMS else "")
-            found = needs(stage, made, arm if stage in _OF_ARMS else "")
-            assert {other for other, _ in asked[1:]} == {other for other, _ in found}, (arm, stage)
-            monkeypatch.undo()
-
-
-_WORK = {"method.cold_start": ["cold_start"], "method.pretrain": ["pretrain"], "method.train_writing_rm": ["train_rm"],
-         "method.sft": ["train_sft"], "method.grpo": ["train_arm"], "method.distil": ["distil"],
-         "data.tokenise": ["prepare_corpus"], "data.packing": ["pack"],
-         "method.samples": ["write_samples", "write_samples_during"]}
-
-
 def test_what_does_not_train_stops_at_once_on_the_signal(monkeypatch):
     monkeypatch.setattr(Stop, "asked", False)  # and again after the test: what trains in this process would stop
-    before = signal.getsignal(signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
     try:
         Stop.listen()
         with pytest.raises(KeyboardInterrupt):
@@ -283,7 +260,8 @@ def test_what_does_not_train_stops_at_once_on_the_signal(monkeypatch):
         signal.raise_signal(signal.SIGUSR1)
         assert Stop.asked
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_interrupted_is_no_failure():

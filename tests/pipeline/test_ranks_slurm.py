@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,6 @@ from slurm_jobs import Site, nothing_left
 from smoke_runs import ARM, COMMON, same, start
 
 from lwzlib.base.recipe import load_recipe
-from lwzlib.pipeline.ranks import failure
 from lwzlib.pipeline.stages import stage_run
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
@@ -47,6 +47,38 @@ def ranks(slurm) -> dict[str, list[psutil.Process]]:
 def allocated(folder: Path, *overrides) -> subprocess.Popen:
     """`launch` inside an allocation of two nodes."""
     return start(folder, TWO_NODES, *overrides, inside=["salloc", "-Q", "-N2", "--ntasks-per-node=1"])
+
+
+def world(code: str) -> subprocess.CompletedProcess:
+    """`code` inside an allocation of two nodes with two GPUs each, with `at` as its world of four ranks."""
+    code = "import os, subprocess, sys; from pathlib import Path; from lwzlib.pipeline import ranks; at = ranks.World(" \
+           f"ranks.allocated(), 2, ranks.job_port(os.environ['SLURM_JOB_ID']), slurm=True)\n{code}"
+    return subprocess.run(["salloc", "-Q", "-N2", "--ntasks-per-node=1", "--cpus-per-task=4", "--gpus-per-node=2",
+                           sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+
+
+def test_ranks_know_who_they_are_and_see_every_gpu_of_their_node(slurm, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    shown = f"import os; print(os.uname().nodename, *[os.environ[name] for name in {names}])"
+    done = world(f"command, env = ranks.in_every_rank(at, [sys.executable, '-c', {shown!r}], Path({str(tmp_path)!r}))\n"
+                 "ranks.meet(at)\nsys.exit(subprocess.run(command, env=os.environ | env).returncode)")
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"rank-00{rank}.log").read_text() for rank in range(4)] == [
+        f"{node} {2 * number + local} {local} 4 2 node1 0,1 2\n" for number, node in enumerate(slurm_cluster.NODES)
+        for local in range(2)]
+
+
+def test_a_node_that_cannot_be_reached_is_named(slurm):
+    """The second node answers Slurm, and has no way to the first."""
+    way = ["-n", slurm._namespace("node2"), "route"]
+    slurm_cluster._ip(*way, "add", "prohibit", f"{slurm.net}.11/32")
+    try:
+        done = world("ranks._MEET_S = 5; ranks.meet(at)")
+    finally:
+        slurm_cluster._ip(*way, "delete", "prohibit", f"{slurm.net}.11/32")
+    assert "RunError: of 2 nodes, node2 did not reach node1:" in done.stderr, done.stderr
+    assert "node2 cannot reach the head node at node1:" in done.stderr
 
 
 def test_two_nodes_learn_what_one_process_learns(alone, rowwise, slurm, tmp_path):
@@ -87,7 +119,6 @@ def test_a_rank_that_dies_on_another_node_ends_the_job_and_is_named(smoke, slurm
     said = parent.communicate(timeout=90)[0]
     assert "RunError: the stage ended" in said and "rank 1 of 2 on node2 ended first, by signal 9" in said, said[-3000:]
     assert run.status["state"] == "failed" and not first.is_running()
-    assert not (run.folder / "logs" / "failed-0.json").exists() or "rank 1 of 2" in failure(run.folder / "logs")
 
 
 def test_an_interrupt_inside_a_job_saves_first(smoke, slurm, tmp_path):
@@ -98,3 +129,12 @@ def test_an_interrupt_inside_a_job_saves_first(smoke, slurm, tmp_path):
     said = parent.communicate(timeout=90)[0]
     assert "KeyboardInterrupt" in said and run.status["state"] == "interrupted", said[-3000:]
     assert run.status["checkpoint_step"] >= 2 and len(run.rows()) == run.status["checkpoint_step"]
+
+
+def test_ranks_end_with_a_killed_notebook(smoke, slurm, tmp_path):
+    parent, run = allocated(tmp_path, ["grpo.steps=100000"])
+    until(lambda: run.status.get("step", 0) >= 1, "step 1", 120)
+    notebook, = psutil.Process(parent.pid).children()
+    notebook.kill()
+    parent.communicate(timeout=60)
+    until(lambda: not any(ranks(slurm).values()), "the end of the ranks", 30)

@@ -6,7 +6,7 @@ Everything else (rewards, gathering, advantages, loss, gradients, optimiser) is 
 import os
 import sys
 
-if "lwzlib.cli.main" in sys.orig_argv and "lwzlib.pipeline.ranks" not in sys.orig_argv:
+if "lwzlib.cli.main" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv:
     import torch
 
     from lwzlib.base import fast_cpu
