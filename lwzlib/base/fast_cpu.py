@@ -1,9 +1,9 @@
-"""Faster decoding on a CPU: the model writes by the same probabilities, but torch does two things less at every token.
+"""Faster CPU decoding from the same distribution, by skipping two redundant operations per token.
 
-- oneDNN wants a bfloat16 weight in an order of its own, and reorders it at every call. Here each is reordered once before a
-  generation; the logits are the same to the last bit.
-- `torch.multinomial` draws one sample by an exponential random number for each of a vocabulary's 49,152 tokens; samples with
-  replacement it draws along the cumulative sum, 24 times faster, from the same distribution.
+- oneDNN wants a bfloat16 weight in an order of its own, and reorders it at every call. Here each weight is reordered once
+  before a generation; the logits are the same to the last bit.
+- `torch.multinomial` draws one sample with an exponential random number for each of the 49,152 tokens of a vocabulary. It draws
+  samples with replacement along the cumulative sum: 24 times faster, from the same distribution.
 
 On a GPU nothing changes. `benchmarks/decoding.py` measures it against transformers' own `generate`.
 """
@@ -17,7 +17,7 @@ _MULTINOMIAL = torch.multinomial
 
 
 def speed_up(model) -> None:
-    """Let `model.generate` of transformers, and so a trainer's or an adapter's, do its work in a block of `faster`."""
+    """Make `model.generate` of transformers, and so a trainer's or an adapter's, work in a block of `faster`."""
     plain = model.generate
 
     def generate(*args, **kwargs):
@@ -29,7 +29,7 @@ def speed_up(model) -> None:
 
 @contextlib.contextmanager
 def faster(model):
-    """Within the block a model on the CPU decodes faster. Its weights must not change there; outside they may."""
+    """Block in which a model on the CPU decodes faster. Its weights must not change inside; outside they may."""
     on_cpu = model.device.type == "cpu"
     layers = _packed(model) if on_cpu else {}
     for layer, forward in layers.items():
@@ -61,4 +61,4 @@ def _linear(layer, packed, x):
 def _multinomial(probabilities, num_samples, replacement=False, **more):
     if num_samples != 1 or replacement:
         return _MULTINOMIAL(probabilities, num_samples, replacement, **more)
-    return _MULTINOMIAL(probabilities, 2, True, **more)[..., :1]  # of one sample torch would not use the cumulative sum
+    return _MULTINOMIAL(probabilities, 2, True, **more)[..., :1]  # for one sample torch would not use the cumulative sum

@@ -1,4 +1,4 @@
-"""The quantities of a recipe, section by section: types, bounds, and what each means where its name does not say it."""
+"""Quantities of a recipe, section by section: types, bounds, and the meaning where the name does not say it."""
 
 from typing import Annotated, Any, Literal
 
@@ -18,23 +18,23 @@ class Section(BaseModel):
 class Model(Section):
     """The base model of all stages; the Writing RM is trained in its dtype and frame."""
 
-    name: str  # `kit:smollm2-135m-instruct`, `kit:tiny`, a folder, or a hub name
+    name: str  # Path or name of a model: a folder, `kit:smollm2-135m-instruct`, `kit:tiny`, or a name on the hub
     dtype: Literal["bfloat16", "float32"]
     attention: Literal["eager", "sdpa", "flash_attention_2"]
-    frame: Literal["plain", "chat"]  # a base model takes a plain-text frame, an instruct model its chat template
+    frame: Literal["plain", "chat"]  # Prompt frame: plain text for a base model, its chat template for an instruct model
     trust_remote_code: bool
 
 
 class Data(Section):
-    """Read by all stages: queries to train on, and queries held out, which `corpus` keeps out of the documents."""
+    """Queries to train on, and held-out queries, which `corpus` keeps out of the documents; all stages read them."""
 
-    train: str  # `kit:train`, `kit:train_short`, a .jsonl file, or `hub:<dataset>`
-    heldout: str
+    train: str  # Source of queries: `kit:train`, `kit:train_short`, a .jsonl file, or `hub:<dataset>`
+    heldout: str  # Source of queries, as in `train`
     languages: list[Literal["en", "zh"]] = Field(min_length=1)
 
 
 class Prompt(Section):
-    """How the form is asked for: by `cold-start`, `sft`, `grpo`, `distil` and the samples of an arm."""
+    """Instruction that asks for the form: in `cold-start`, `sft`, `grpo`, `distil` and the samples of an arm."""
 
     wording: Literal["full", "brief"]
     worked_examples: Annotated[int, Field(ge=0, le=2)]
@@ -43,7 +43,7 @@ class Prompt(Section):
 class ColdStart(Section):
     """The stage `cold-start`, not in the paper: one epoch teaches the form to models that do not emit it when asked."""
 
-    queries: Count  # 0 turns the stage off; each gives one think and one direct-answer document
+    queries: Count  # Number of queries, each with one think and one direct-answer document; 0 turns the stage off
     learning_rate: Rate
     batch_documents: Positive
     max_new_tokens: Positive
@@ -51,66 +51,66 @@ class ColdStart(Section):
 
 
 class LengthQuantities(Section):
-    """Of the length reward: `max_words` is `max` in its formula."""
+    """Quantities of the length reward."""
 
-    max_words: Positive
+    max_words: Positive  # `max` in the formula of the reward
 
 
 class Lora(Section):
-    """The adapter of `writing_rm`, of `grpo` or of `sft`; it is merged into the model at the end."""
+    """Adapter of `writing_rm`, `grpo` or `sft`; it is merged into the model at the end."""
 
-    rank: Count  # 0 = all weights are trained
+    rank: Count  # Rank of the adapter; 0 = all weights are trained
     alpha: Positive
-    targets: list[str] | Literal["all-linear"]  # names of the modules that get an adapter
+    targets: list[str] | Literal["all-linear"]  # Names of the modules that get an adapter
 
 
 class WritingRM(Section):
-    """How the Writing RM is trained: a stage before the arms."""
+    """Training of the Writing RM, a stage before the arms."""
 
     model: str
-    pairs: str  # `made` by the kit, a .jsonl file, or `hub:<dataset>`
-    corpora: list[str]  # for `made`: where human passages come from
+    pairs: str  # Source of preference pairs: `made` by the kit, a .jsonl file, or `hub:<dataset>`
+    corpora: list[str]  # Sources of human passages, for pairs that are `made`
     passage_words: Positive
     passages_per_corpus: Positive
-    queries: Positive  # for `made`: the model answers each of so many training queries twice
+    queries: Positive  # Number of training queries that the model answers twice, for pairs that are `made`
     answer_tokens: Positive
     kinds: list[Literal["shuffled", "repeated", "padded", "truncated", "stuffed", "off_topic", "language_switched", "filler",
                         "human_model", "requirement"]] = Field(min_length=1)
     pairs_per_kind: Positive
     heldout_pairs_per_kind: Positive
-    heldout_share: Annotated[float, Field(gt=0, lt=1)]  # of the sources
+    heldout_share: Annotated[float, Field(gt=0, lt=1)]  # Share of the sources that gives held-out pairs
     length_balanced: bool
     epochs: Positive
     learning_rate: Rate
     batch_pairs: Positive
     lora: Lora
     max_tokens: Positive
-    fold_layout: bool  # line breaks become spaces before a text is judged
+    fold_layout: bool  # Whether line breaks become spaces before a text is judged
     checkpoint_every_steps: Positive
 
 
 class WritingQuantities(Section):
-    """Of the writing reward: the Writing RM, and where it scores."""
+    """Quantities of the writing reward: the Writing RM, and where it scores."""
 
-    model: str  # `stage`: the one that this recipe trains; or a folder with a Writing RM
-    url: str  # of a running `lwz serve-rm`; empty = score in the trainer's process
-    patience_s: Positive  # how long a silent server is waited for
+    model: str  # Writing RM: a folder that holds one, or `stage` for the one that this recipe trains
+    url: str  # Address of a running `lwz serve-rm`; empty = score in the trainer's process
+    patience_s: Positive  # Waiting time for a silent server
 
 
 class FormatQuantities(Section):
-    """Of the format reward; the paper publishes neither the metric of repetition nor a threshold."""
+    """Quantities of the format reward; the paper publishes neither the metric of repetition nor a threshold."""
 
-    min_plan_words: Count  # a think segment with fewer is no plan, and the form not exact
-    encoder: str  # sentence encoder of the semantic signal; empty = lexical alone
+    min_plan_words: Count  # Smallest length of a plan; with a shorter think segment the form is not exact
+    encoder: str  # Sentence encoder of the semantic signal; empty = lexical signal alone
     encoder_languages: list[Literal["en", "zh"]]
-    same_meaning: Annotated[float, Field(gt=0, le=1)]  # cosine from which two runs of sentences say the same
-    partial_credit: Annotated[float, Field(ge=0, lt=0.25)]  # per tag, up to the first out of place; 0 = exact form only
+    same_meaning: Annotated[float, Field(gt=0, le=1)]  # Cosine from which two runs of sentences say the same
+    partial_credit: Annotated[float, Field(ge=0, lt=0.25)]  # Reward per tag, up to the first out of place; 0 = exact form only
     near_duplicate: Annotated[float, Field(gt=0, le=1)]  # Jaccard similarity from which two passages are duplicates
-    tolerated_repetition: Annotated[float, Field(ge=0, lt=1)]  # share of words that may repeat without penalty
+    tolerated_repetition: Annotated[float, Field(ge=0, lt=1)]  # Share of words that may repeat without penalty
 
 
 class Weights(Section):
-    """Of the rewards in the advantage; one of weight 0 is not computed."""
+    """Weights of the rewards in the advantage; a reward of weight 0 is not computed."""
 
     length: Annotated[float, Field(ge=0)]
     writing: Annotated[float, Field(ge=0)]
@@ -118,7 +118,7 @@ class Weights(Section):
 
 
 class Reward(Section):
-    """What `grpo` maximises; by it `distil` chooses, and the samples of an arm are scored."""
+    """Rewards that `grpo` maximises; `distil` chooses by them, and they score the samples of an arm."""
 
     length: LengthQuantities
     writing: WritingQuantities
@@ -127,7 +127,7 @@ class Reward(Section):
 
 
 class Sampling(Section):
-    """How completions are drawn: in `grpo` (and so in `distil`), and for the samples of an arm."""
+    """Sampling of completions in `grpo` (and so in `distil`), and for the samples of an arm."""
 
     temperature: Annotated[float, Field(gt=0, le=2)]
     top_p: Rate
@@ -135,15 +135,15 @@ class Sampling(Section):
 
 
 class Decoding(Sampling):
-    """How completions are written for an evaluation: each benchmark has its own."""
+    """Decoding of completions for an evaluation: each benchmark has its own."""
 
-    temperature: Annotated[float, Field(ge=0, le=2)]  # 0 = greedy
-    top_k: Count = 0  # 0 = off
-    stop: list[str] = []  # a completion ends with the first of them
+    temperature: Annotated[float, Field(ge=0, le=2)]  # Temperature of the softmax; 0 = greedy
+    top_k: Count = 0  # Number of tokens to choose from; 0 = all
+    stop: list[str] = []  # Strings that end a completion: the first that comes
 
 
 class Grpo(Section):
-    """The stage `grpo`; `distil` writes with its sampling and chooses by its advantage, a mode of `advantage.MODES`."""
+    """The stage `grpo`; `distil` writes with its sampling and chooses by its advantage."""
 
     steps: Positive
     group_size: Annotated[int, Field(ge=2)]
@@ -156,7 +156,7 @@ class Grpo(Section):
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
     clip_eps: Annotated[float, Field(gt=0, lt=1)]
     kl_beta: Annotated[float, Field(ge=0)]
-    advantage: Literal["zscore", "minmax", "sum", "gdpo"]
+    advantage: Literal["zscore", "minmax", "sum", "gdpo"]  # Mode of `advantage.MODES`
     lora: Lora
     sampling: Sampling
     gradient_checkpointing: bool
@@ -173,15 +173,15 @@ class Grpo(Section):
 
 
 class Source(Section):
-    """Where documents come from, and their share of the plain tokens (weights need not sum to 1)."""
+    """Source of documents, with its share of the plain tokens."""
 
-    at: str  # `kit:shakespeare`, a file, a folder of files, or `hub:<dataset>`
-    language: Literal["en", "zh"]  # documents in another language are left out
-    weight: Annotated[float, Field(gt=0)]
+    at: str  # Path or name: a file, a folder of files, `kit:shakespeare`, or `hub:<dataset>`
+    language: Literal["en", "zh"]  # Language of the documents; those in another are left out
+    weight: Annotated[float, Field(gt=0)]  # Weight relative to the other sources; the sum need not be 1
 
 
 class Slurm(Section):
-    """Where the tasks of the corpus pipeline run on a cluster: one core each."""
+    """Settings of the corpus pipeline's tasks on a Slurm cluster: one core each."""
 
     partition: str
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d{1,2}:\d{2}:\d{2}$")]
@@ -189,26 +189,26 @@ class Slurm(Section):
 
 
 class Corpus(Section):
-    """What is read for continual pretraining, and what is left out of it."""
+    """Documents for continual pretraining, and what is left out of them."""
 
     sources: list[Source] = Field(min_length=1)
     min_words: Positive
     max_words: Positive
-    heldout_share: Annotated[float, Field(ge=0, lt=1)]  # of the documents: not trained on, for the perplexity
-    decontaminate_words: Annotated[int, Field(ge=5)]  # so many words in a row shared with a held-out query are too many
-    parts: Positive  # of each source; each is worked on, and resumed, apart
-    workers: Positive  # parts at a time
-    slurm: Slurm | None  # {partition: ..., time: ..., memory_gb: ...}; none = processes of this machine
+    heldout_share: Annotated[float, Field(ge=0, lt=1)]  # Share of the documents kept out of training, for the perplexity
+    decontaminate_words: Annotated[int, Field(ge=5)]  # Number of words in a row from a held-out query that exclude a document
+    parts: Positive  # Number of parts per source; each is processed, and resumed, on its own
+    workers: Positive  # Number of parts processed in parallel
+    slurm: Slurm | None  # Cluster settings {partition: ..., time: ..., memory_gb: ...}; none = processes of this machine
 
 
 class Cot(Section):
-    """The long chain-of-thought documents: what a trained arm writes for training queries."""
+    """Long chain-of-thought documents, which a trained arm writes for training queries."""
 
     arm: str
     queries: Positive
-    completions_per_query: Annotated[int, Field(ge=2)]  # the best by fused reward is kept
+    completions_per_query: Annotated[int, Field(ge=2)]  # Number of completions, of which the best by fused reward is kept
     batch_completions: Positive
-    exact_only: bool  # a completion that was cut off, or whose form is not exact, is no document
+    exact_only: bool  # Whether a completion that was cut off, or whose form is not exact, is left out
 
 
 class Pretrain(Section):
@@ -216,52 +216,52 @@ class Pretrain(Section):
 
     tokens: Positive
     sequence_tokens: Positive
-    batch_sequences: Positive  # a step, over all processes
+    batch_sequences: Positive  # Number of sequences per step, over all processes
     cot_token_fraction: Annotated[float, Field(ge=0, lt=1)]
-    shards: Positive  # files of packed sequences
+    shards: Positive  # Number of files of packed sequences
     learning_rate: Rate
     lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"]
     warmup_steps: Count
     checkpoint_every_steps: Positive
-    heldout_tokens: Positive  # of each source, for the perplexity before and after
+    heldout_tokens: Positive  # Number of tokens per source, for the perplexity before and after
 
 
 class Sft(Section):
     """The baseline: supervised fine-tuning on long answers."""
 
-    data: str  # `made`: the best completions and human passages; a .jsonl file or `hub:<dataset>` of `messages`
-    human_passages: Count  # for `made`
+    data: str  # Source of `messages`: a .jsonl file, `hub:<dataset>`, or `made` (best completions and human passages)
+    human_passages: Count  # Number of human passages, for data that are `made`
     max_tokens: Positive
     epochs: Positive
-    batch_sequences: Positive  # each of up to max_tokens, with whole documents packed into it
+    batch_sequences: Positive  # Number of sequences per step, each of up to max_tokens, packed with whole documents
     learning_rate: Rate
     lora: Lora
     checkpoint_every_steps: Positive
 
 
 class Samples(Section):
-    """The stages `samples-before`, `samples-during` and `samples-after`: what an arm writes for held-out queries."""
+    """Samples that an arm writes for held-out queries: the stages `samples-before`, `samples-during` and `samples-after`."""
 
-    queries: Positive  # held-out queries written before and after RL
+    queries: Positive  # Number of held-out queries answered before and after RL
     batch_completions: Positive
     sampling: Sampling
     stop: list[str]
 
 
 class Evaluation(Section):
-    """How the arena rates what was written for the held-out queries."""
+    """Rating, in the arena, of what was written for the held-out queries."""
 
-    every_steps: Count  # RL steps between two ratings of the policy; 0 = before and after RL alone
-    tie_margin: Annotated[float, Field(ge=0)]  # in notebook 09: Writing RM scores that differ by no more are a tie
+    every_steps: Count  # Number of RL steps between two ratings of the policy; 0 = before and after RL alone
+    tie_margin: Annotated[float, Field(ge=0)]  # Largest difference of two Writing RM scores that is a tie, in notebook 09
 
 
 class Arm(Section):
-    """`change` sets other quantities for this arm alone: {reward.weights.format: 0.0}."""
+    """One arm of the comparison: where it starts, its prompt, its algorithm."""
 
     start: Literal["base", "continual-pretrain"]
     prompt: Literal["think", "direct"]
     algorithm: Literal["grpo", "sft"] = "grpo"
-    change: dict[str, Any] = {}
+    change: dict[str, Any] = {}  # Other quantities for this arm alone, such as {reward.weights.format: 0.0}
 
     @model_validator(mode="after")
     def _plain_answers(self):
@@ -271,14 +271,14 @@ class Arm(Section):
 
 
 class Distributed(Section):
-    """How stages that train are spread over GPUs, and when they save. Not part of a fingerprint: the method is the same."""
+    """Spread of the training stages over GPUs, and when they save. Not part of a fingerprint: the method is the same."""
 
-    nodes: Positive  # all of them, those of vLLM servers included; more than 1 needs launch: slurm
-    processes: Positive  # on each node, one a GPU
-    zero: Literal[0, 2, 3]  # DeepSpeed ZeRO: 0 off, every GPU holds all; 2 shards gradients and optimiser, 3 weights too
-    offload: Literal["none", "optimizer", "all"]  # to the memory of the host: nothing, optimiser states, weights too
-    checkpoint_every_minutes: Count  # beside the checkpoints by steps; 0 = off
-    start_s: Positive  # how long nodes and servers may take to answer
+    nodes: Positive  # Number of nodes, those of vLLM servers included; more than 1 needs launch: slurm
+    processes: Positive  # Number of processes per node, one per GPU
+    zero: Literal[0, 2, 3]  # DeepSpeed ZeRO stage: 0 = off, each GPU holds all; 2 shards gradients and optimiser; 3 weights too
+    offload: Literal["none", "optimizer", "all"]  # What moves to host memory: nothing, optimiser states, weights too
+    checkpoint_every_minutes: Count  # Time between checkpoints, beside those by steps; 0 = off
+    start_s: Positive  # Time limit for nodes and servers to answer
 
     @model_validator(mode="after")
     def _offloaded(self):
@@ -288,11 +288,11 @@ class Distributed(Section):
 
 
 class Vllm(Section):
-    """Who writes the completions of GRPO: transformers in the trainer, or vLLM beside it or on nodes of its own. With
-    `server`, vLLM on all nodes also writes for `distil` and for the samples of an arm."""
+    """Engine that writes the completions of GRPO: transformers in the trainer, or vLLM beside it or on nodes of its own.
+    With `server`, vLLM on all nodes also writes for `distil` and for the samples of an arm."""
 
     mode: Literal["none", "colocate", "server"]
-    nodes: Count  # for `server`: so many of distributed.nodes, the last ones
-    tensor_parallel: Positive  # GPUs that share one copy of the model
-    memory_share: Rate  # of a GPU's memory, for weights and KV cache
-    sleep: bool  # for `colocate`: give the memory back while training
+    nodes: Count  # Number of nodes for `server`: the last ones of distributed.nodes
+    tensor_parallel: Positive  # Number of GPUs that share one copy of the model
+    memory_share: Rate  # Share of a GPU's memory, for weights and KV cache
+    sleep: bool  # Whether `colocate` gives the memory back while training
