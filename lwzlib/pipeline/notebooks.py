@@ -65,7 +65,7 @@ def _row(arm: str, stage: str, folder: Path) -> dict:
 
 
 def show_stages(folder: Path, rows: list[dict]) -> None:
-    """Print the arms and stages (rows of `overview` or `stages_found`): what is done, running, to do, and how long each took."""
+    """Print the arms and stages (rows of `overview` or `stages_found`): done, running or to do, and how long each took."""
     from rich.console import Console
     from rich.table import Table
 

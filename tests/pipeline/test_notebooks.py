@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lwzlib.base.recipe import departures, load_recipe
 from lwzlib.base.rows import RunError
-from lwzlib.cli.main import main
+from lwzlib.cli import main
 from lwzlib.evaluate import arena, trust
 from lwzlib.exhibits.page import write_report
 from lwzlib.pipeline import notebooks

@@ -14,7 +14,7 @@ from lwzlib.base.kit import SMOLLM2
 from lwzlib.base.models import load_tokenizer
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import read_rows, write_rows
-from lwzlib.cli.main import main
+from lwzlib.cli import main
 from lwzlib.evaluate import arena, longbench, writingbench
 from lwzlib.method.distil import distil
 from lwzlib.pipeline import ranks, vllm_servers
