@@ -11,6 +11,7 @@ Stopped at any time, the same command goes on.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import random
@@ -41,7 +42,8 @@ CHARS = {"en": 8_000, "zh": 2_400}  # of a document: about the same number of by
 def write_text(folder: Path, megabytes: float) -> None:
     """`<language>/<n>.jsonl`: three quarters of the bytes English, one quarter Chinese."""
     for language, share in (("en", 0.75), ("zh", 0.25)):
-        pool = [s for book in BOOKS[language] for d in read_documents(book) for p in d.paragraphs for s in split_sentences(p)]
+        books = itertools.chain.from_iterable(map(read_documents, BOOKS[language]))
+        pool = [sentence for _, paragraphs in books for paragraph in paragraphs for sentence in split_sentences(paragraph)]
         (folder / language).mkdir(parents=True, exist_ok=True)
         for number in range(FILES):
             path, draw, size, last = folder / language / f"{number}.jsonl", random.Random(f"{language} {number}"), 0, []

@@ -1,4 +1,8 @@
-"""Where the tasks of a corpus step run: as processes here, or as a job array on Slurm. Both are datatrove's executors."""
+"""Run the tasks of a corpus step, as processes here or as a job array on Slurm, by datatrove's executors.
+
+What the kit adds: local processes end when their parent is killed, progress is one line a task, and a step waits for its job
+array, also for one that a killed client had submitted.
+"""
 
 import contextlib
 import copy
@@ -21,21 +25,24 @@ from lwzlib.base.rows import RunError, write_atomic
 _POLL_S = 2.0
 
 
-def run_tasks(name: str, tasks: int, pipeline: list, logs: Path, asked: Corpus) -> None:
-    """Do the tasks of a step that are not done yet. Raises RunError where Slurm gave up; a task's own error as it is."""
-    logger.remove()  # its log stands in `logs`
-    if asked.slurm:
-        _on_slurm(name, tasks, pipeline, logs, asked)
-    else:
-        Local(pipeline, tasks, min(tasks, asked.workers), str(logs)).run()
+def run_tasks(name: str, tasks: int, pipeline: list, logs: Path, settings: Corpus) -> None:
+    """Do the tasks of step `name` that are not done yet. Raises RunError where Slurm gave up; a task's own error as it is."""
+    logger.remove()  # datatrove's log stands in `logs`
+    if not settings.slurm:
+        Local(pipeline, tasks, min(tasks, settings.workers), str(logs)).run()
+        return
+    slurm = Slurm(pipeline, tasks, settings.slurm.time, settings.slurm.partition, mem_per_cpu_gb=settings.slurm.memory_gb,
+                  workers=settings.workers, job_name=f"lwz-{name}", qos="", logging_dir=str(logs),
+                  env_command=f"export PATH={Path(sys.executable).parent}:$PATH")
+    if slurm.get_incomplete_ranks():
+        _finish_on_slurm(name, slurm, logs)
 
 
 class Local(LocalPipelineExecutor):
-    """datatrove's own, with processes that end when it is killed (its manager does not), and a line of progress in the
-    place of its log."""
+    """datatrove's local executor, without its manager process (which outlives a kill) and without a sum of the counts."""
 
     def run(self):
-        """datatrove's, for the tasks not done yet: one by one here with one worker, else in a pool; no counts are summed up."""
+        """Do the tasks that are not done yet: one by one in this process with one worker, else in a pool."""
         ranks = self.get_incomplete_ranks()
         if self.workers == 1:
             for rank in ranks:
@@ -52,60 +59,53 @@ class Local(LocalPipelineExecutor):
 
 
 class Slurm(SlurmPipelineExecutor):
-    """datatrove's own, without the job that sums up counts: nobody reads them, and cancelled arrays leave it pending."""
+    """datatrove's Slurm executor, without the job that sums up counts: nobody reads them, and a cancelled array leaves it
+    pending."""
 
     def launch_merge_stats(self):
-        """datatrove calls it when the array is submitted; here it submits nothing."""
-        pass
+        """Submit nothing, where datatrove submits that job."""
 
 
-def _on_slurm(name: str, tasks: int, pipeline: list, logs: Path, asked: Corpus) -> None:
+def _finish_on_slurm(name: str, slurm: Slurm, logs: Path) -> None:
     """Submit a job array and wait for it. Killed meanwhile, the next call waits for the same jobs; Ctrl-C cancels them."""
-    assert asked.slurm, "the caller looked"
-    executor = Slurm(
-        pipeline, tasks, asked.slurm.time, asked.slurm.partition, mem_per_cpu_gb=asked.slurm.memory_gb,
-        workers=asked.workers, job_name=f"lwz-{name}", qos="", logging_dir=str(logs),
-        env_command=f"export PATH={Path(sys.executable).parent}:$PATH")
     record = logs / "job_id"
-    if not executor.get_incomplete_ranks():
-        return
     if not (record.exists() and _queued(record.read_text())):
-        _submit(name, executor)
-        write_atomic(record, str(executor.job_id))
+        _submit(name, slurm)
+        write_atomic(record, str(slurm.job_id))
     job = record.read_text()
-    print(f"{name}: Slurm job {job}, {tasks} tasks", flush=True)
+    print(f"{name}: Slurm job {job}, {slurm.tasks} tasks", flush=True)
     try:
-        _wait(name, executor, job, logs)
+        _wait(name, slurm, job, logs)
     except KeyboardInterrupt:
         subprocess.run(["scancel", job])
         raise
 
 
-def _submit(name: str, executor: Slurm) -> None:
+def _submit(name: str, slurm: Slurm) -> None:
     try:
-        executor.run()
+        slurm.run()
     except FileNotFoundError:
         raise RunError("corpus.slurm is set, and this machine has no sbatch: start from a login node, or set "
                        "corpus.slurm=null") from None
     except subprocess.CalledProcessError:
         raise RunError(f"sbatch refused step {name}, for the reason above; its script is in "
-                       f"{executor.logging_dir.resolve_paths('launch_script.slurm')}") from None
+                       f"{slurm.logging_dir.resolve_paths('launch_script.slurm')}") from None
 
 
-def _wait(name: str, executor: Slurm, job: str, logs: Path) -> None:
-    before, gone = None, 0
-    while missing := executor.get_incomplete_ranks():
-        if len(missing) != before:
-            print(f"{name}: {executor.tasks - len(missing)}/{executor.tasks} tasks done", flush=True)
-            before = len(missing)
-        gone = 0 if _queued(job) else gone + 1
-        if gone > 3:  # a shared file system may show a task's mark a moment after its job has left the queue
+def _wait(name: str, slurm: Slurm, job: str, logs: Path) -> None:
+    missing_before, polls_without_job = None, 0
+    while missing := slurm.get_incomplete_ranks():
+        if len(missing) != missing_before:
+            print(f"{name}: {slurm.tasks - len(missing)}/{slurm.tasks} tasks done", flush=True)
+            missing_before = len(missing)
+        polls_without_job = 0 if _queued(job) else polls_without_job + 1
+        if polls_without_job > 3:  # a shared file system may show a task's mark a moment after its job has left the queue
             raise RunError(f"Slurm job {job} left the queue and {len(missing)} tasks of step {name} are not done, first "
                            f"{missing[0]}: see {logs / 'slurm_logs'}. The same command submits them again")
         time.sleep(_POLL_S)
 
 
 def _queued(job: str) -> bool:
-    """Slurm has it pending or running; also where Slurm does not answer, which says nothing about the job."""
-    done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%i"], capture_output=True, text=True)
-    return bool(done.stdout.strip()) if done.returncode == 0 else "Invalid job id" not in done.stderr
+    """Whether Slurm has the job pending or running; True where Slurm does not answer, which says nothing about the job."""
+    answer = subprocess.run(["squeue", "-h", "-j", job, "-o", "%i"], capture_output=True, text=True)
+    return bool(answer.stdout.strip()) if answer.returncode == 0 else "Invalid job id" not in answer.stderr

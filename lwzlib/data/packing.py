@@ -24,6 +24,8 @@ from lwzlib.data import tokenise
 
 COT = "cot"
 _PACKED_AT_ONCE_TOKENS = 2**22  # memory stays flat; what does not fit a sequence is found room for among these
+_SCHEMA = pa.schema([(name, pa.list_(pa.int32())) for name in ("input_ids", "seq_lengths", "source")])
+Piece = tuple[int, np.ndarray]  # number of the source, token ids
 
 
 class Pieces:
@@ -33,20 +35,20 @@ class Pieces:
     """
 
     def __init__(self, files: list[Path], longest: int, bytes_per_token: int, seed: int):
-        self._tokens, found = [], []
+        self._tokens, places = [], []  # a place is (file, start, end)
         for path in files:
             ends = np.fromfile(f"{path}.index", dtype="<u8").astype(np.int64)
             self._tokens.append(np.memmap(path, f"<u{bytes_per_token}", "r") if len(ends) else None)
             for start, end in itertools.pairwise([0, *ends.tolist()]):
-                found += [(len(self._tokens) - 1, cut, min(cut + longest, end)) for cut in range(start, end, longest)]
-        self._places = np.array(found, dtype=np.int64).reshape(-1, 3)
+                places += [(len(self._tokens) - 1, cut, min(cut + longest, end)) for cut in range(start, end, longest)]
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
         self._order = np.random.default_rng(seed)
         self._queue: list[int] = []
         self.total, self.drawn = int((self._places[:, 2] - self._places[:, 1]).sum()), 0
 
     @property
     def epochs(self) -> float:
-        """How often the source was gone through; 0 for one without tokens."""
+        """Number of times the source was gone through; 0 for one without tokens."""
         return self.drawn / self.total if self.total else 0.0
 
     def draw(self, at_most: int | None = None) -> np.ndarray:
@@ -78,19 +80,19 @@ def pack(recipe: Recipe, run: Run, corpus: Path, cot: Path | None) -> Path:
                 print(f"pack: {run.folder / name} is damaged or missing; it is made again", flush=True)
             elif number in rows:
                 continue
-            made = {"step": number, "file": name} | _shard(recipe, run, number - 1, run.folder / name, corpus, cot)
-            if number in broken and made != rows[number]:
+            row = {"step": number, "file": name} | _shard(recipe, run, number - 1, run.folder / name, corpus, cot)
+            if number not in broken:
+                run.append("shards", row)
+            elif row != rows[number]:
                 raise RunError(f"{run.folder / name} was made again and came out different: the token files in {corpus} "
                                f"or {cot} were changed after it was first made. Remove {run.folder} to pack them anew")
-            if number not in broken:
-                run.append("shards", made)
-            print(f"pack: shard {number}/{recipe.pretrain.shards}  {made['sequences']} sequences  "
-                  f"padding {made['padding']:.1%}", flush=True)
+            print(f"pack: shard {number}/{recipe.pretrain.shards}  {row['sequences']} sequences  "
+                  f"padding {row['padding']:.1%}", flush=True)
     return run.folder
 
 
 def sha256(path: Path) -> str:
-    """Of a file; empty if there is none."""
+    """Hex digest of a file; empty if there is none."""
     if not path.exists():
         return ""
     with path.open("rb") as file:
@@ -98,29 +100,32 @@ def sha256(path: Path) -> str:
 
 
 def _shard(recipe: Recipe, run: Run, number: int, path: Path, corpus: Path, cot: Path | None) -> dict:
-    asked, parts = recipe.pretrain, range(number, recipe.corpus.parts, recipe.pretrain.shards)
-    size = tokenise.bytes_per_token(corpus)
-    sources = [Pieces([tokenise.token_files(corpus, s, recipe.corpus.parts)[p] for p in parts], asked.sequence_tokens, size,
-                      run.seed + number) for s in range(len(recipe.corpus.sources))]
-    if empty := [source.at for source, pieces in zip(recipe.corpus.sources, sources, strict=True) if not pieces.total]:
-        raise RunError(f"corpus source {empty[0]} has no tokens for shard {number}: take fewer pretrain.shards, or give it "
-                       "more documents")
-    plans = quotas([source.weight for source in recipe.corpus.sources], asked.tokens // asked.shards)
-    chain = []
-    if asked.cot_token_fraction and cot:
-        pieces = Pieces([tokenise.token_files(cot, 0, recipe.corpus.parts)[p] for p in parts], asked.sequence_tokens, size,
-                        run.seed + number)
-        chain = _whole(pieces, asked.tokens // asked.shards * asked.cot_token_fraction)
-        plain = round(sum(map(len, chain)) * (1 / asked.cot_token_fraction - 1))
-        plans = quotas([source.weight for source in recipe.corpus.sources], plain)
-    documents = interleave(sources, plans, chain)
-    sequences = _write(documents, path, asked.sequence_tokens)
-    names = [f"{source.at} ({source.language})" for source in recipe.corpus.sources]
-    tokens = dict(zip(names, plans, strict=True)) | ({COT: sum(map(len, chain))} if chain else {})
-    gone_through = [*sources, *([pieces] if chain else [])]
-    epochs = dict(zip(tokens, (round(source.epochs, 4) for source in gone_through), strict=True))
-    return {"sha256": sha256(path), "sequences": sequences, "tokens": tokens, "epochs": epochs,
-            "padding": round(1 - sum(tokens.values()) / (sequences * asked.sequence_tokens), 6)}
+    """Write shard `number`, from every `shards`-th part of each source; returns its row without step and file."""
+    settings, sources = recipe.pretrain, recipe.corpus.sources
+    bytes_per_token = tokenise.bytes_per_token(corpus)
+
+    def pieces_of(folder: Path, source: int) -> Pieces:
+        files = tokenise.token_files(folder, source, recipe.corpus.parts)[number :: settings.shards]
+        return Pieces(files, settings.sequence_tokens, bytes_per_token, run.seed + number)
+
+    pieces = [pieces_of(corpus, source) for source in range(len(sources))]
+    for source, own in zip(sources, pieces, strict=True):
+        if not own.total:
+            raise RunError(f"corpus source {source.at} has no tokens for shard {number}: take fewer pretrain.shards, or give "
+                           "it more documents")
+    tokens, chain = settings.tokens // settings.shards, []
+    if settings.cot_token_fraction and cot:
+        cot_pieces = pieces_of(cot, 0)
+        chain = _whole(cot_pieces, tokens * settings.cot_token_fraction)
+        tokens = round(sum(map(len, chain)) * (1 / settings.cot_token_fraction - 1))
+    plans = quotas([source.weight for source in sources], tokens)
+    sequences = _write(interleave(pieces, plans, chain), path, settings.sequence_tokens)
+    names = [f"{source.at} ({source.language})" for source in sources]
+    if chain:
+        names, plans, pieces = [*names, COT], [*plans, sum(map(len, chain))], [*pieces, cot_pieces]
+    return {"sha256": sha256(path), "sequences": sequences, "tokens": dict(zip(names, plans, strict=True)),
+            "epochs": {name: round(own.epochs, 4) for name, own in zip(names, pieces, strict=True)},
+            "padding": round(1 - sum(plans) / (sequences * settings.sequence_tokens), 6)}
 
 
 def quotas(weights: list[float], tokens: int) -> list[int]:
@@ -133,63 +138,61 @@ def _whole(pieces: Pieces, tokens: float) -> list[np.ndarray]:
     """Whole documents whose number of tokens comes nearest to `tokens`: at least one."""
     if not pieces.total:
         raise RunError("there is no chain-of-thought document for a shard: let cot.queries be more, or pretrain.shards fewer")
-    taken = [pieces.draw()]
+    documents = [pieces.draw()]
     while (missing := tokens - pieces.drawn) > 0:
-        taken.append(pieces.draw())
-    if len(taken) > 1 and len(taken[-1]) - missing > missing:
-        taken.pop()
-    return taken
+        documents.append(pieces.draw())
+    if len(documents) > 1 and len(documents[-1]) - missing > missing:
+        documents.pop()
+    return documents
 
 
-def interleave(sources: list[Pieces], plans: list[int], chain: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the source, tokens): always from the source that is furthest behind its plan; the last of each is cut."""
-    drawn, left = [0] * (len(sources) + 1), list(reversed(chain))
-    plans = [*plans, sum(map(len, chain))]
+def interleave(sources: list[Pieces], plans: list[int], chain: list[np.ndarray]) -> Iterator[Piece]:
+    """Pieces, always from the source that is furthest behind its plan; the last of each source is cut. `chain` is one more
+    source, whose documents stay whole."""
+    plans, drawn, left = [*plans, sum(map(len, chain))], [0] * (len(sources) + 1), list(reversed(chain))
     while sum(drawn) < sum(plans):
         number = min((n for n, plan in enumerate(plans) if drawn[n] < plan), key=lambda n: drawn[n] / plans[n])
-        piece = left.pop() if number == len(sources) else sources[number].draw(plans[number] - drawn[number])
-        drawn[number] += len(piece)
-        yield number, piece
+        tokens = left.pop() if number == len(sources) else sources[number].draw(plans[number] - drawn[number])
+        drawn[number] += len(tokens)
+        yield number, tokens
 
 
-def _write(documents: Iterator[tuple[int, np.ndarray]], path: Path, sequence_tokens: int) -> int:
+def _write(pieces: Iterator[Piece], path: Path, sequence_tokens: int) -> int:
     """Pack and write, a buffer at a time; the file appears when it is whole. Returns the number of sequences."""
     scratch, sequences = path.with_suffix(".part"), 0
-    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("seq_lengths", pa.list_(pa.int32())),
-                        ("source", pa.list_(pa.int32()))])
-    with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for buffer in _buffers(documents):
-            table = _packed(buffer, sequence_tokens).cast(schema)
+    with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+        for buffer in _buffers(pieces):
+            table = _packed(buffer, sequence_tokens).cast(_SCHEMA)
             writer.write_table(table, max_chunksize=1000)
             sequences += len(table)
     scratch.rename(path)
     return sequences
 
 
-def _buffers(documents) -> Iterator[list]:
-    buffer, held = [], 0
-    for document in documents:
-        buffer.append(document)
-        held += len(document[1])
-        if held >= _PACKED_AT_ONCE_TOKENS:
+def _buffers(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    buffer, held_tokens = [], 0
+    for piece in pieces:
+        buffer.append(piece)
+        held_tokens += len(piece[1])
+        if held_tokens >= _PACKED_AT_ONCE_TOKENS:
             yield buffer
-            buffer, held = [], 0
+            buffer, held_tokens = [], 0
     if buffer:
         yield buffer
 
 
-def _packed(documents: list[tuple[int, np.ndarray]], sequence_tokens: int) -> pa.Table:
-    """Packed by TRL, with the source of each document beside its length."""
+def _packed(pieces: list[Piece], sequence_tokens: int) -> pa.Table:
+    """Sequences packed by TRL, with the source of each document beside its length."""
     from datasets import Dataset
     from trl import pack_dataset
 
-    lengths = [len(tokens) for _, tokens in documents]
+    numbers, tokens = zip(*pieces, strict=True)
+    lengths = list(map(len, tokens))
     ends = np.cumsum([0, *lengths], dtype=np.int32)
-    flat = {"input_ids": np.concatenate([tokens for _, tokens in documents]),
-            "source": np.repeat(np.array([number for number, _ in documents], dtype=np.int32), lengths)}
-    table = pa.table({name: pa.ListArray.from_arrays(ends, pa.array(values)) for name, values in flat.items()})
+    columns = {"input_ids": np.concatenate(tokens), "source": np.repeat(np.array(numbers, dtype=np.int32), lengths)}
+    table = pa.table({name: pa.ListArray.from_arrays(ends, pa.array(values)) for name, values in columns.items()})
     packed = pack_dataset(Dataset(table), sequence_tokens, "bfd", {"batch_size": None}).data.table.combine_chunks()
-    in_sequence, of_tokens = (packed[name].chunk(0) for name in ("seq_lengths", "source"))
+    in_sequence, of_tokens = packed["seq_lengths"].chunk(0), packed["source"].chunk(0)
     starts = np.cumsum(in_sequence.flatten().to_numpy()) - in_sequence.flatten().to_numpy()
     by_document = pa.ListArray.from_arrays(in_sequence.offsets, of_tokens.flatten().take(pa.array(starts)))
     return packed.drop_columns("source").append_column("source", by_document)

@@ -9,33 +9,21 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from lwzlib.base import models
 from lwzlib.base.kit import SHAKESPEARE, THREE_KINGDOMS
 from lwzlib.base.rows import DataError, rows_of
-from lwzlib.method.text import count_words, language_of
+from lwzlib.method.text import count_words
+
+_PLAIN = (".txt", ".md")
 
 
-@dataclass(frozen=True)
-class Document:
-    """`paragraphs` are free of markup and each of one line."""
-
-    id: str
-    paragraphs: tuple[str, ...]
-
-    @property
-    def language(self) -> str:
-        """`zh` if the first paragraph has a Han character, else `en`."""
-        return language_of(self.paragraphs[0])
-
-
-def read_documents(source: str) -> Iterator[Document]:
-    """Each document cut into paragraphs. Raises as `texts`."""
+def read_documents(source: str) -> Iterator[tuple[str, list[str]]]:
+    """(id, paragraphs of one line each) of each document that has any. Raises as `read_texts` does."""
     for name, text in read_texts(source):
-        if paragraphs := tuple(fold_paragraphs(text)):
-            yield Document(name, paragraphs)
+        if paragraphs := fold_paragraphs(text):
+            yield name, paragraphs
 
 
 def read_texts(source: str, part: int = 0, parts: int = 1) -> Iterator[tuple[str, str]]:
@@ -44,8 +32,7 @@ def read_texts(source: str, part: int = 0, parts: int = 1) -> Iterator[tuple[str
     Raises DataError for a source that cannot be read, ModelError for a kit source that is not prepared.
     """
     if files := _files(source):
-        for file in files[part::parts]:
-            yield from _read(file)
+        yield from itertools.chain.from_iterable(map(_read, files[part::parts]))
     else:
         yield from _read(source, part, parts)
 
@@ -58,10 +45,9 @@ def fold_paragraphs(text: str) -> list[str]:
 
 def _files(source: str) -> list[str]:
     """The readable files under a folder; empty if the source is no folder."""
-    folder = Path(source)
-    if source.startswith(("kit:", "hub:")) or not folder.is_dir():
+    if source.startswith(("kit:", "hub:")) or not Path(source).is_dir():
         return []
-    files = sorted(str(path) for path in folder.rglob("*") if path.suffix in (*_PLAIN, ".jsonl", ".parquet"))
+    files = sorted(str(path) for path in Path(source).rglob("*") if path.suffix in (*_PLAIN, ".jsonl", ".parquet"))
     if not files:
         raise DataError(f"folder {source} holds no .txt, .md, .jsonl or .parquet file")
     return files
@@ -69,23 +55,23 @@ def _files(source: str) -> list[str]:
 
 def _read(source: str, part: int = 0, parts: int = 1) -> Iterator[tuple[str, str]]:
     if source.startswith("hub:") or source.endswith(".jsonl"):
-        found: Iterator = map(_text, rows_of(source, part, parts))
+        texts: Iterator = map(_text, rows_of(source, part, parts))
     else:
-        found = itertools.islice(_KIT.get(source, _file)(source), part, None, parts)
-    for name, text in found:
+        texts = itertools.islice(_KIT.get(source, _file)(source), part, None, parts)
+    for name, text in texts:
         yield f"{source}/{name}", text
 
 
-def passages(document: Document, words: int) -> list[str]:
-    """Consecutive whole paragraphs of at least `words` words together, joined by blank lines; one whose last paragraph
-    brings it to twice that is left out, and so is the rest."""
-    found, part = [], []
-    for paragraph in document.paragraphs:
+def passages(paragraphs: list[str], words: int) -> list[str]:
+    """Passages of whole consecutive paragraphs, joined by blank lines, of at least `words` words; one that its last paragraph
+    brings above twice that is left out, and so is the rest."""
+    whole, part = [], []
+    for paragraph in paragraphs:
         part.append(paragraph)
         if (total := sum(map(count_words, part))) >= words:
-            found += ["\n\n".join(part)] if total <= 2 * words else []
+            whole += ["\n\n".join(part)] if total <= 2 * words else []
             part = []
-    return found
+    return whole
 
 
 def _python_docs(_):
@@ -138,10 +124,10 @@ def _parquet(path):
 
     try:
         batches = pq.ParquetFile(path).iter_batches(batch_size=256)
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(row for batch in batches for row in batch.to_pylist()))
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise DataError(f"cannot read {path}: {error}") from None
 
 
-_PLAIN = (".txt", ".md")
 _KIT = {"kit:python-docs": _python_docs, SHAKESPEARE: _shakespeare, THREE_KINGDOMS: _three_kingdoms}

@@ -1,9 +1,10 @@
-"""From documents to tokens: read, clean, filter, take out copies and evaluation prompts, tokenise.
+"""Make token files from documents: read, clean, filter, take out copies and evaluation prompts, tokenise.
 
 datatrove does the work, in four steps of its own kind: `clean` (read, filter, write, MinHash signatures), `buckets` (alike
 signatures), `clusters` (which copies go), `tokens` (what stays, tokenised). Each step is cut into tasks; a task that is
 done is not done again, one that was killed begins anew, so the files come out the same. Task `s * parts + p` works on
 part p of source s. Departures from datatrove: our own words (a Han character is one), as its word splitters need models.
+`packing` makes the shards from the token files.
 """
 
 import hashlib
@@ -15,14 +16,8 @@ from pathlib import Path
 import numpy as np
 import regex
 from datatrove.data import Document
+from datatrove.pipeline import dedup
 from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
-from datatrove.pipeline.dedup import (
-    MinhashConfig,
-    MinhashDedupBuckets,
-    MinhashDedupCluster,
-    MinhashDedupFilter,
-    MinhashDedupSignature,
-)
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
@@ -44,14 +39,15 @@ _CONTROL = regex.compile(r"[[\p{Cc}\p{Cf}\p{Co}\p{Cn}]--[\n\t\u200c\u200d]]+", r
 _SHINGLES_AT_A_TIME = 20_000  # 112 hashes of each are held at once: a book would take gigabytes
 _DOCUMENTS_AT_A_TIME = 50  # are tokenised together; datatrove's 10,000 would hold a whole part in memory
 _SAMPLE_CHARS = 2_000  # of a document, by which its language is told
-_DEDUP = MinhashConfig()  # 5-grams, 14 buckets of 8 hashes: two texts with Jaccard 0.8 are found in 92% of cases
+REASONS = ("too_short", "too_long", "other_language", "contaminated")  # why a document is left out
+_DEDUP = dedup.MinhashConfig()  # 5-grams, 14 buckets of 8 hashes: two texts with Jaccard 0.8 are found in 92% of cases
 
 
 class Words(WhitespaceTokenizer):
     """The kit's words for datatrove, which knows English and Chinese ones only with models that must be fetched."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        """What `text.count_words` counts; datatrove makes its n-grams of them."""
+        """Words as `text.count_words` counts them; datatrove makes its n-grams of them."""
         return split_words(text)
 
 
@@ -63,24 +59,24 @@ class Keep(BaseFilter):
     def __init__(self, sources: list[Source], min_words: int, max_words: int):
         super().__init__()
         self.languages = [source.language for source in sources]  # by number: a folder may be named once for each language
-        self.bounds = min_words, max_words
+        self.min_words, self.max_words = min_words, max_words
 
     def filter(self, document: Document):
-        """datatrove's question to a filter: True, or (False, one of the first three `REASONS`)."""
+        """True, or (False, one of the first three `REASONS`), as datatrove asks of a filter."""
         from py3langid import classify
 
         words = count_words(document.text)
-        if words < self.bounds[0]:
+        if words < self.min_words:
             return False, "too_short"
-        if words > self.bounds[1]:
+        if words > self.max_words:
             return False, "too_long"
-        return classify(document.text[:_SAMPLE_CHARS])[0] == self.languages[document.metadata["source"]] or (
-            False, "other_language")
+        language = classify(document.text[:_SAMPLE_CHARS])[0]
+        return language == self.languages[document.metadata["source"]] or (False, "other_language")
 
 
 class Decontaminate(NGramsDecontFilter):
-    """Drops a document that shares a run of `words` words with an evaluation prompt; of so many as the shortest prompt has,
-    if that is fewer (a prompt of less than five words is not looked for)."""
+    """Documents that share no run of `words` words with an evaluation prompt; of as many as the shortest prompt has, if that
+    is fewer (a prompt of less than five words is not looked for)."""
 
     name = "decontaminate"
 
@@ -91,29 +87,29 @@ class Decontaminate(NGramsDecontFilter):
         super().__init__(".", NGramsDecontConfig(n_grams=size), language=Words())
 
     def load_index_hashes(self):
-        """datatrove reads them from files before the first document; here they are made from the prompts."""
+        """Hash the prompts' n-grams; datatrove reads hashes from files here, before the first document."""
         size = self.config.n_grams
         self._index_hashes = {self.hash_func(" ".join(prompt[i : i + size])): "prompt"
                               for prompt in self.prompts for i in range(len(prompt) - size + 1)}
 
 
-class Signature(MinhashDedupSignature):
-    """The only change: a long document is hashed piece by piece."""
+class Signature(dedup.MinhashDedupSignature):
+    """datatrove's signatures; a long document is hashed piece by piece."""
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
         """14 buckets of 8 hashes, each the minimum over the pieces: the same as of the whole."""
         pieces = range(0, len(shingles), _SHINGLES_AT_A_TIME)
-        each = [super(Signature, self).get_signature(shingles[i : i + _SHINGLES_AT_A_TIME]) for i in pieces]
-        return np.min(each, axis=0).tolist()
+        signatures = [super(Signature, self).get_signature(shingles[i : i + _SHINGLES_AT_A_TIME]) for i in pieces]
+        return np.min(signatures, axis=0).tolist()
 
 
 def clean(text: str) -> str:
-    """NFC; without control and invisible characters; paragraphs of one line, a blank line between."""
+    """Text in NFC, without control and invisible characters, in paragraphs of one line with a blank line between."""
     return "\n\n".join(fold_paragraphs(_CONTROL.sub("", unicodedata.normalize("NFC", text))))
 
 
 def is_held_out(name: str, share: float) -> bool:
-    """By the hash of its name: the same documents in every run."""
+    """Whether a document is held out, by the hash of its name: the same documents in every run."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < share * 2**64
 
 
@@ -124,12 +120,11 @@ def prepare_corpus(recipe: Recipe, run: Run) -> Path:
     """
     if run.finished:
         return run.folder
-    asked = recipe.corpus
+    corpus = recipe.corpus
     with run.work():
-        prompts = [q.query for q in load_queries(recipe.data.heldout)]
-        filters = [Keep(asked.sources, asked.min_words, asked.max_words),
-                   Decontaminate(prompts, asked.decontaminate_words)]
-        tokenise(recipe, [source.at for source in asked.sources], run.folder, filters, asked.heldout_share)
+        prompts = [query.query for query in load_queries(recipe.data.heldout)]
+        filters = [Keep(corpus.sources, corpus.min_words, corpus.max_words), Decontaminate(prompts, corpus.decontaminate_words)]
+        tokenise(recipe, [source.at for source in corpus.sources], run.folder, filters, corpus.heldout_share)
         rows = report(recipe, run.folder)
         write_atomic(run.folder / "report.json", json.dumps(rows, indent=1))
         run.update(tokens=sum(row["tokens"] for row in rows), documents=sum(row["kept"] for row in rows))
@@ -137,7 +132,7 @@ def prepare_corpus(recipe: Recipe, run: Run) -> Path:
 
 
 def tokenise(recipe: Recipe, sources: list[str], folder: Path, filters: list | None = None, heldout_share: float = 0) -> None:
-    """Token files of `sources` under `folder`. Near copies are sought over all of them: of each cluster one stays.
+    """Write the token files of `sources` under `folder`. Near copies are sought over all of them: of each cluster one stays.
 
     Without `filters` the texts are taken as they stand (finished think/answer documents)."""
     parts, tokenizer = recipe.corpus.parts, load_tokenizer(recipe.model.name, recipe.model.trust_remote_code)
@@ -166,9 +161,9 @@ def tokenise(recipe: Recipe, sources: list[str], folder: Path, filters: list | N
         "clean": (tasks, [read, *(filters or []), hold_out,
                           JsonlWriter(str(folder / "clean"), "${rank}.jsonl", compression=None),
                           Signature(signatures, _DEDUP, language=Words())]),
-        "buckets": (_DEDUP.num_buckets, [MinhashDedupBuckets(signatures, pairs, config=_DEDUP)]),
-        "clusters": (1, [MinhashDedupCluster(pairs, removed, config=_DEDUP)]),
-        "tokens": (tasks, [reread, MinhashDedupFilter(removed), DocumentTokenizer(
+        "buckets": (_DEDUP.num_buckets, [dedup.MinhashDedupBuckets(signatures, pairs, config=_DEDUP)]),
+        "clusters": (1, [dedup.MinhashDedupCluster(pairs, removed, config=_DEDUP)]),
+        "tokens": (tasks, [reread, dedup.MinhashDedupFilter(removed), DocumentTokenizer(
             str(folder / "tokens"), str(folder / "tokenizer" / "tokenizer.json"), eos_token=tokenizer.eos_token,
             batch_size=_DOCUMENTS_AT_A_TIME, shuffle_documents=False)]),
     }
@@ -177,23 +172,20 @@ def tokenise(recipe: Recipe, sources: list[str], folder: Path, filters: list | N
 
 
 def token_files(folder: Path, source: int, parts: int) -> list[Path]:
-    """The files of one source, a file a part, as `tokenise` writes them."""
+    """Token files of one source, a file a part, as `tokenise` writes them."""
     return [folder / "tokens" / f"{source * parts + part:05d}_unshuffled.ds" for part in range(parts)]
 
 
 def bytes_per_token(folder: Path) -> int:
-    """2 for a vocabulary that fits into 16 bits, else 4, as datatrove writes them."""
+    """Size of a token in the token files: 2 for a vocabulary that fits into 16 bits, else 4, as datatrove writes them."""
     from tokenizers import Tokenizer
 
     size = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json")).get_vocab_size()
     return 4 if size > 2**16 else 2
 
 
-REASONS = ("too_short", "too_long", "other_language", "contaminated")
-
-
 def report(recipe: Recipe, folder: Path) -> list[dict]:
-    """For each source: documents read, left out by reason, held out, copies taken out, kept; tokens kept."""
+    """A row a source: documents read, left out by reason, held out, copies taken out, kept; tokens kept."""
     rows = []
     for number, source in enumerate(recipe.corpus.sources):
         counts = Counter()
@@ -210,6 +202,6 @@ def report(recipe: Recipe, folder: Path) -> list[dict]:
 
 
 def _stats(folder: Path, step: str, task: int) -> list[dict]:
-    """What datatrove counted in the parts of a step that count."""
-    steps = json.loads((folder / "steps" / step / "stats" / f"{task:05d}.json").read_text())
-    return [step["stats"] for step in steps]
+    """datatrove's counts of a task, one for each part of the step that counts."""
+    parts = json.loads((folder / "steps" / step / "stats" / f"{task:05d}.json").read_text())
+    return [part["stats"] for part in parts]

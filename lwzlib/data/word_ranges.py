@@ -37,14 +37,14 @@ def stated(query: str) -> Range | None:
     >>> stated("An essay of about 1,200 words."), stated("不超过800字的通知"), stated("No more than 350 words on rain.")
     ((1100, 1300), (700, 800), (315, 350))
     """
-    text, found = fold(query), set()
+    text, ranges = fold(query), set()
     for match in _COUNT.finditer(text):
         before, after = text[max(0, match.start() - 40) : match.start("low" if match["low"] else "n")], text[match.end() :][:20]
         low, n = _number(match["low"] or ""), _number(match["n"])
         if (match["head"] or match["unit"]) and n >= 50:
             given = _PART.search(before + " " + after) or _GIVEN.search(before) or (match["low"] and not 50 <= low < n)
-            found.add(None if given else (low, n) if low else _within(_limit(before, after), n))
-    return found.pop() if len(found) == 1 else None
+            ranges.add(None if given else (low, n) if low else _within(_limit(before, after), n))
+    return ranges.pop() if len(ranges) == 1 else None
 
 
 def _number(text: str) -> int:
@@ -71,12 +71,12 @@ def enforce(lower: int, upper: int, query: str = "") -> Range | str:
     Bounds: multiples of 100 from 100 to 12,000 and at most 3,000 apart, around the same middle. A length that the query
     states takes the place of the prediction, unless this says that the request cannot be fulfilled.
     """
-    said = stated(query)
-    if (said and said[0] > MOST_WORDS) or min(lower, upper) > MOST_WORDS:
+    fixed = stated(query)
+    if (fixed and fixed[0] > MOST_WORDS) or min(lower, upper) > MOST_WORDS:
         return "out of limits"
     if max(lower, upper) <= 0:
         return "cannot be fulfilled"
-    lower, upper = said or (max(1, min(lower, upper) // 100) * 100, -(-max(lower, upper) // 100) * 100)
+    lower, upper = fixed or (max(1, min(lower, upper) // 100) * 100, -(-max(lower, upper) // 100) * 100)
     upper = min(upper, MOST_WORDS)
     if upper - lower > WIDEST_WORDS:
         lower = (lower + upper - WIDEST_WORDS) // 200 * 100

@@ -2,6 +2,7 @@
 
 import asyncio
 import doctest
+import hashlib
 import json
 import os
 import signal
@@ -114,6 +115,13 @@ def test_prompts_state_the_rules_in_both_languages():
     for text in RANGE.values():
         for fact in ("400", "800", "100", "12000", "3000", "[0, 0]", '{"range": ['):
             assert fact in text, fact
+
+
+@pytest.mark.parametrize(("prompts", "language", "digest"), [
+    (FILTER, "en", "074bffa326baafb6"), (FILTER, "zh", "588d02827863a134"),
+    (RANGE, "en", "332e60415815ec7e"), (RANGE, "zh", "eaa13415f3141ba0")])
+def test_prompts_are_the_ones_that_replies_were_paid_for(prompts, language, digest):
+    assert hashlib.sha256(prompts[language].encode()).hexdigest()[:16] == digest, "a changed prompt asks everything anew"
 
 
 def test_agreement_by_hand():

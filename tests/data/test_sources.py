@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lwzlib.base.kit import SHAKESPEARE, THREE_KINGDOMS, ModelError, is_prepared
 from lwzlib.base.rows import DataError
-from lwzlib.data.sources import Document, passages, read_documents, read_texts
-from lwzlib.method.text import count_words, has_han
+from lwzlib.data.sources import passages, read_documents, read_texts
+from lwzlib.method.text import count_words, has_han, language_of
 
 BOOKS = {SHAKESPEARE: (38, 800_000, "en"), THREE_KINGDOMS: (120, 450_000, "zh")}  # documents, words at least
 
@@ -24,12 +24,12 @@ def _kit(source):
 
 
 def _documents(path):
-    return [(d.id.removeprefix(f"{path}/"), d.paragraphs) for d in read_documents(str(path))]
+    return [(name.removeprefix(f"{path}/"), paragraphs) for name, paragraphs in read_documents(str(path))]
 
 
 def test_the_python_docs_are_prose_without_code():
     found = _kit("kit:python-docs")
-    paragraphs = [p for d in found for p in d.paragraphs]
+    paragraphs = [p for _, paragraphs in found for p in paragraphs]
     assert sum(map(count_words, paragraphs)) > 20_000
     assert all(re.match(r"[A-Z]", p) and p.endswith(".") for p in paragraphs), "sentences, not headings, tables or code"
     code = r">>>|::=|^\s*(def|class|import|for|while|if) .*:$|\*{4}|={4}|-{4}|~{4}"
@@ -40,8 +40,8 @@ def test_the_python_docs_are_prose_without_code():
 @pytest.mark.parametrize("source", ["kit:python-docs", *BOOKS])
 def test_documents_of_the_kit_are_named_ordered_and_folded(source):
     found = _kit(source)
-    assert len({d.id for d in found}) == len(found) and all(d.id.startswith(f"{source}/") for d in found)
-    paragraphs = [p for d in found for p in d.paragraphs]
+    assert len({name for name, _ in found}) == len(found) and all(name.startswith(f"{source}/") for name, _ in found)
+    paragraphs = [p for _, paragraphs in found for p in paragraphs]
     assert all(p == " ".join(p.split()) != "" for p in paragraphs)
     assert found == _kit(source)
 
@@ -50,39 +50,38 @@ def test_documents_of_the_kit_are_named_ordered_and_folded(source):
 def test_the_books_are_whole_and_in_their_language(source):
     found, (documents, words, language) = _kit(source), BOOKS[source]
     assert len(found) == documents
-    assert {d.language for d in found} == {language}
-    assert sum(count_words(p) for d in found for p in d.paragraphs) > words
+    assert {language_of(paragraphs[0]) for _, paragraphs in found} == {language}
+    assert sum(count_words(p) for _, paragraphs in found for p in paragraphs) > words
 
 
 def test_headings_and_names_of_speakers_are_left_out_of_the_plays():
-    paragraphs = [p for d in _kit(SHAKESPEARE) for p in d.paragraphs]
+    paragraphs = [p for _, play in _kit(SHAKESPEARE) for p in play]
     assert not [p for p in paragraphs if re.search(r"^#|\*\*", p)][:3]
     assert any(p.startswith("To be, or not to be: that is the question") for p in paragraphs)
 
 
 def test_the_plays_are_free_of_markup():
-    assert not [p for d in _kit(SHAKESPEARE) for p in d.paragraphs if re.search(r"[][_*#\\<>|`]", p)][:3]
+    assert not [p for _, play in _kit(SHAKESPEARE) for p in play if re.search(r"[][_*#\\<>|`]", p)][:3]
 
 
 def test_the_novel_is_in_chinese_without_markup():
     found = _kit(THREE_KINGDOMS)
-    assert not [p for d in found for p in d.paragraphs if re.search(r"[_*#\\<>|`]|https?:", p)][:3]
-    assert "桃园" in found[0].paragraphs[0] and all(has_han(p) for p in found[0].paragraphs)
+    assert not [p for _, chapter in found for p in chapter if re.search(r"[_*#\\<>|`]|https?:", p)][:3]
+    assert "桃园" in found[0][1][0] and all(has_han(p) for p in found[0][1])
 
 
 @pytest.mark.parametrize("suffix", ["txt", "md"])
 def test_a_text_file_is_one_document(tmp_path, suffix):
     path = tmp_path / f"mine.{suffix}"
     path.write_text("One line\nand  another.\n \n\n\tA second paragraph.\r\n\r\n雨。\n\n", encoding="utf-8")
-    assert _documents(path) == [("mine", ("One line and another.", "A second paragraph.", "雨。"))]
+    assert _documents(path) == [("mine", ["One line and another.", "A second paragraph.", "雨。"])]
 
 
 def test_each_row_of_a_jsonl_file_is_a_document(tmp_path):
     path = tmp_path / "mine.jsonl"
     rows = [{"text": "One.\n\nTwo."}, {"text": " \n "}, {"text": "雨。", "id": "rain", "other": 1}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert _documents(path) == [("1", ("One.", "Two.")), ("rain", ("雨。",))], "the empty one is left out"
-    assert [d.language for d in read_documents(str(path))] == ["en", "zh"]
+    assert _documents(path) == [("1", ["One.", "Two."]), ("rain", ["雨。"])], "the empty one is left out"
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
@@ -113,15 +112,15 @@ def test_a_book_that_is_not_prepared_says_how(monkeypatch, tmp_path, source):
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 60))
 def test_passages_are_whole_consecutive_paragraphs_of_the_size_asked_for(sizes, words):
-    document = Document("d", tuple(f"{'abc'[i % 3]} " * (size - 1) + "end" for i, size in enumerate(sizes)))
+    paragraphs = [f"{'abc'[i % 3]} " * (size - 1) + "end" for i, size in enumerate(sizes)]
     expected, at = [], 0
     while at < len(sizes):  # the shortest stretch that is long enough, from where the last one ended
         end = next((e for e in range(at + 1, len(sizes) + 1) if sum(sizes[at:e]) >= words), None)
         if end is None:
             break
-        expected += ["\n\n".join(document.paragraphs[at:end])] if sum(sizes[at:end]) <= 2 * words else []
+        expected += ["\n\n".join(paragraphs[at:end])] if sum(sizes[at:end]) <= 2 * words else []
         at = end
-    found = passages(document, words)
+    found = passages(paragraphs, words)
     assert found == expected
     assert all(words <= count_words(passage) <= 2 * words for passage in found)
 
@@ -129,8 +128,8 @@ def test_passages_are_whole_consecutive_paragraphs_of_the_size_asked_for(sizes, 
 @pytest.mark.parametrize("source", ["kit:python-docs", *BOOKS])
 def test_passages_of_the_kit_are_in_order_and_of_the_size_asked_for(source):
     made = 0
-    for document in _kit(source)[:20]:
-        found, left = passages(document, 60), list(document.paragraphs)
+    for _, paragraphs in _kit(source)[:20]:
+        found, left = passages(paragraphs, 60), list(paragraphs)
         made += len(found)
         for passage in found:
             assert 60 <= count_words(passage) <= 120
