@@ -1,7 +1,7 @@
 """Ways to cheat the rewards, and whether they pay.
 
 Each attack turns an honest completion into one that a reader would call worse, and that a policy might find because some
-reward likes it. Put into the group of its original, it may not get the higher advantage: `table` says which do.
+reward likes it. Put into the group of its original, it may not get the higher advantage: `attack_table` says which do.
 """
 
 import itertools
@@ -14,8 +14,9 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from lwzlib.base.paths import TEXTS
 from lwzlib.base.rows import read_rows
-from lwzlib.data.damage import OTHER_LANGUAGE, TEXTS, endless, fill, join, reword, wordings
+from lwzlib.data.damage import OTHER_LANGUAGE, endless, fill, join, reword, wordings
 from lwzlib.method.advantage import fuse
 from lwzlib.method.prompts import wrap
 from lwzlib.method.text import count_words, parse, split_sentences
@@ -40,12 +41,12 @@ class Honest:
 
     @property
     def sentences(self) -> list[str]:
-        """Those of the answer, without the plan's."""
+        """Sentences of the answer, without the plan's."""
         return split_sentences(self.answer)
 
     @property
     def opening(self) -> list[str]:
-        """What a loop loops: the first half."""
+        """First half of the sentences: what a loop repeats."""
         return self.sentences[: max(2, len(self.sentences) // 2)]
 
     def wordings(self, kind: str, rng: random.Random) -> Iterator[str]:
@@ -59,22 +60,26 @@ def groups() -> list[list[Honest]]:
     return [list(rows) for _, rows in itertools.groupby(rows, key=lambda row: row.group)]
 
 
+def asking(times: float, languages: Iterable[str] = ("en", "zh")) -> list[list[Honest]]:
+    """The kit's groups in these languages, their queries asking for `times` as many words: above 1, every honest text
+    falls short."""
+    def scaled(honest: Honest) -> Honest:
+        lower, upper = honest.word_range
+        return replace(honest, word_range=(round(times * lower), round(times * upper)))
+
+    return [list(map(scaled, group)) for group in groups() if group[0].language in languages]
+
+
 def _loop(honest: Honest, rng: random.Random, reframe: bool) -> Iterator[str]:
     yield from honest.opening
     for sentence in itertools.cycle(honest.opening):
         yield reword(sentence, rng, honest.language, reframe)
 
 
-def _templates(honest: Honest, rng: random.Random) -> Iterator[str]:
+def _numbered(honest: Honest, rng: random.Random, kind: str, heading: str = "") -> Iterator[str]:
     topics = _TOPIC.findall(honest.query)
-    for number, template in enumerate(honest.wordings("templates", rng), 1):
-        yield template.format(n=number, topic=rng.choice(topics))
-
-
-def _headings(honest: Honest, rng: random.Random) -> Iterator[str]:
-    topics = _TOPIC.findall(honest.query)
-    for number, keyword in enumerate(honest.wordings("keywords", rng), 1):
-        yield f"## {number}. {rng.choice(topics)}: {keyword}"
+    for number, wording in enumerate(honest.wordings(kind, rng), 1):
+        yield (heading + wording).format(n=number, topic=rng.choice(topics))
 
 
 def _keywords(honest: Honest, rng: random.Random) -> Iterator[str]:
@@ -89,14 +94,14 @@ def _alternating(honest: Honest, rng: random.Random) -> Iterator[str]:
     return itertools.chain.from_iterable(zip(itertools.cycle(honest.sentences), foreign, strict=False))
 
 
-_ENDLESS: dict[str, Callable[[Honest, random.Random], Iterator[str]]] = {  # sentences, of which as many are taken as fit
+_ENDLESS: dict[str, Callable[..., Iterator[str]]] = {  # (honest, rng): sentences, of which as many are taken as fit
     "repetition": lambda honest, rng: itertools.cycle(honest.opening),
-    "paraphrase_loop": lambda honest, rng: _loop(honest, rng, reframe=True),
-    "synonym_rotation": lambda honest, rng: _loop(honest, rng, reframe=False),
-    "numbered_templates": _templates,
+    "paraphrase_loop": partial(_loop, reframe=True),
+    "synonym_rotation": partial(_loop, reframe=False),
+    "numbered_templates": partial(_numbered, kind="templates"),
     "keyword_inflation": _keywords,
     "language_alternation": _alternating,
-    "headings": _headings,
+    "headings": partial(_numbered, kind="keywords", heading="## {n}. {topic}: "),
     "prompt_copy": lambda honest, rng: itertools.repeat(honest.query),
 }
 
@@ -136,13 +141,6 @@ ATTACKS: dict[str, Callable[[Honest, int, random.Random], str]] = {  # the int: 
 }
 
 
-def asking(times: float, languages: Iterable[str] = ("en", "zh")) -> list[list[Honest]]:
-    """The kit's groups in these languages, their queries asking for `times` as many words: above 1, every honest text
-    falls short."""
-    return [[replace(honest, word_range=(round(times * honest.word_range[0]), round(times * honest.word_range[1])))
-             for honest in group] for group in groups() if group[0].language in languages]
-
-
 def attack_table(rewards: dict[str, Callable], weights, mode: str = "zscore", words_factor: float | None = None, seed: int = 0,
           among: list[list[Honest]] | None = None) -> pd.DataFrame:
     """One row per attack, averaged over the groups (default: the kit's), the ones that pay best first.
@@ -162,16 +160,17 @@ def _compare(group: list[Honest], rewards, weights, mode, words_factor, seed) ->
     lengths = [own, sum(honest.word_range) // 2, honest.word_range[1]] if words_factor is None else [round(own * words_factor)]
     tries = list(itertools.product(ATTACKS, lengths))
     hacked = [ATTACKS[name](honest, n, random.Random(f"{seed} {name} {honest.id} {n}")) for name, n in tries]
-    completions = [wrap(each.plan, each.answer, "think") for each in group] + hacked
-    asked: dict[str, list] = {"style": ["think"], "word_range": [honest.word_range], "query": [honest.query]}
-    asked = {key: value * len(completions) for key, value in asked.items()}
-    scores = np.array([reward(completions=completions, **asked) for reward in rewards.values()], dtype=float).T
-    nine = np.array([[*scores[: len(group)], score] for score in scores[len(group) :]])
-    fused = np.array([fuse(members[None], weights, mode)[0] for members in nine])
+    completions = [wrap(member.plan, member.answer, "think") for member in group] + hacked
+    columns = {name: [value] * len(completions)
+               for name, value in (("style", "think"), ("word_range", honest.word_range), ("query", honest.query))}
+    scores = np.array([reward(completions=completions, **columns) for reward in rewards.values()], dtype=float).T
+    joined = np.array([[*scores[: len(group)], score] for score in scores[len(group) :]])  # (tries, members + 1, rewards)
+    advantages = np.array([fuse(members[None], weights, mode)[0] for members in joined])
     for attack in ATTACKS:
-        best = max((i for i, (name, _) in enumerate(tries) if name == attack), key=lambda i: fused[i, -1])
-        raw = {f"{whose}_{name}": nine[best, place, k] for k, name in enumerate(rewards)
-               for whose, place in (("honest", 0), ("hacked", -1))}
-        one, other = fused[best, 0], fused[best, -1]
-        yield {"attack": attack, "words": count_words(parse(hacked[best], "think").answer), **raw, "honest_advantage": one,
-               "hacked_advantage": other, "difference": other - one, "wins": float(other > one + 1e-9)}
+        best = max((i for i, (name, _) in enumerate(tries) if name == attack), key=lambda i: advantages[i, -1])
+        row = {"attack": attack, "words": count_words(parse(hacked[best], "think").answer)}
+        for name, of_members in zip(rewards, joined[best].T, strict=True):
+            row |= {f"honest_{name}": of_members[0], f"hacked_{name}": of_members[-1]}
+        own, gain = advantages[best, 0], advantages[best, -1] - advantages[best, 0]
+        yield row | {"honest_advantage": own, "hacked_advantage": advantages[best, -1], "difference": gain,
+                     "wins": float(advantages[best, -1] > own + 1e-9)}

@@ -1,8 +1,8 @@
 """What the rewards pay as a text grows and repeats itself: the maps and the sliders of notebook 02.
 
 The texts are honest sentences of the kit, one after the other; the last of them give way to the first ones again. Whole
-sentences are taken, so a text comes as near to what is asked as they allow: the table says what it really has. All texts of a
-table are scored by the rewards of training, and fused as if they were one group.
+sentences are taken, so a text comes as near to the words it should have as they allow: the table says what it really has.
+All texts of a table are scored by the rewards of training, and fused as if they were one group.
 """
 
 import html
@@ -29,8 +29,8 @@ def sentences() -> list[str]:
 
 
 def text_of(words: int, repetition: float) -> tuple[list[str], list[str]]:
-    """(new sentences, sentences that stood there before) of a text of about `words` words, of which a share `repetition`,
-    in [0, 1), is repeated. Raises ValueError where more new words are asked for than there are, or no share."""
+    """(new sentences, repeated sentences) of a text of about `words` words, of which a share `repetition`, in [0, 1), is
+    repeated. Raises ValueError where that takes more new words than there are, and for any other share."""
     if not 0 <= repetition < 1:
         raise ValueError(f"repetition = {repetition} must be a share of the words, from 0 to below 1")
     known, new = sentences(), round(words * (1 - repetition))
@@ -44,24 +44,24 @@ def text_of(words: int, repetition: float) -> tuple[list[str], list[str]]:
 
 def reward_table(rewards: dict[str, Callable], word_range: tuple[int, int], words: list[int], repetitions: list[float],
           query: str = "") -> pd.DataFrame:
-    """A row for each of `words` and `repetitions`: both as asked for, `answer_words` and `repeated` as they came out (the
+    """One row per pair of `words` and `repetitions`: both as wanted, `answer_words` and `repeated` as they came out (the
     latter in [0, 1]), each reward of `rewards` by its name, and `advantage`: all rows as one group, equal weights."""
-    asked = list(itertools.product(words, repetitions))
-    parts = [text_of(*each) for each in asked]
+    wanted = list(itertools.product(words, repetitions))
+    parts = [text_of(*pair) for pair in wanted]
     completions = [wrap(PLAN, join(fresh + again), "think") for fresh, again in parts]
-    given = {"style": ["think"] * len(asked), "word_range": [word_range] * len(asked), "query": [query] * len(asked)}
-    found = pd.DataFrame(asked, columns=["words", "repetition"])
-    found["answer_words"] = [sum(map(count_words, fresh + again)) for fresh, again in parts]
-    found["repeated"] = [sum(map(count_words, again)) for _, again in parts] / found.answer_words
+    columns = {"style": ["think"] * len(parts), "word_range": [word_range] * len(parts), "query": [query] * len(parts)}
+    table = pd.DataFrame(wanted, columns=["words", "repetition"])
+    table["answer_words"] = [sum(map(count_words, fresh + again)) for fresh, again in parts]
+    table["repeated"] = [sum(map(count_words, again)) for _, again in parts] / table.answer_words
     for name, reward in rewards.items():
-        found[name] = reward(completions=completions, **given)
-    found["advantage"] = fuse(found[list(rewards)].to_numpy()[None], np.ones(len(rewards)))[0]
-    return found
+        table[name] = reward(completions=completions, **columns)
+    table["advantage"] = fuse(table[list(rewards)].to_numpy()[None], np.ones(len(rewards)))[0]
+    return table
 
 
-def surface(found: pd.DataFrame, ax: Axes, column: str, word_range: tuple[int, int]) -> Axes:
-    """One column of a `table` as a map over what the texts were asked to be; dashed: the range that the query asks for."""
-    grid = found.pivot(index="repetition", columns="words", values=column)
+def surface(table: pd.DataFrame, ax: Axes, column: str, word_range: tuple[int, int]) -> Axes:
+    """Map of one column of a `reward_table` over the wanted words and repetition; dashed: the range that the query states."""
+    grid = table.pivot(index="repetition", columns="words", values=column)
     low, high = _RANGES.get(column, (None, None))
     picture = ax.pcolormesh(grid.columns, grid.index, grid, cmap="cividis", shading="nearest", vmin=low, vmax=high)
     for bound in word_range:
@@ -72,23 +72,23 @@ def surface(found: pd.DataFrame, ax: Axes, column: str, word_range: tuple[int, i
 
 
 def sliders(rewards: dict[str, Callable], word_range: tuple[int, int], most_words: int = 480):
-    """Two sliders, a bar for each reward in [0, 1], and the text with what it repeats in bold, as an ipywidgets box."""
+    """An ipywidgets box: two sliders, a bar for each reward in [0, 1], and the text with what it repeats in bold."""
     import ipywidgets as widgets
 
     words = widgets.IntSlider(sum(word_range) // 2, 0, most_words, 10, description="words")
     share = widgets.FloatSlider(0, min=0, max=0.9, step=0.05, description="repeated")
     bars = {name: widgets.FloatProgress(min=0, max=1) for name in rewards}
-    said = {name: widgets.Label() for name in rewards}
+    labels = {name: widgets.Label() for name in rewards}
     text = widgets.HTML()
 
     def update(_=None):
         row = reward_table(rewards, word_range, [words.value], [share.value]).iloc[0]
         for name in rewards:
-            bars[name].value, said[name].value = row[name], f"{name} {row[name]:.2f}"
+            bars[name].value, labels[name].value = row[name], f"{name} {row[name]:.2f}"
         fresh, again = (html.escape(join(part)) for part in text_of(words.value, share.value))
         text.value = f"<p>{row.answer_words:.0f} words, {row.repeated:.0%} of them repeated</p><p>{fresh} <b>{again}</b></p>"
 
     for slider in (words, share):
         slider.observe(update, "value")
     update()
-    return widgets.VBox([words, share, *(widgets.HBox([bars[name], said[name]]) for name in rewards), text])
+    return widgets.VBox([words, share, *(widgets.HBox([bars[name], labels[name]]) for name in rewards), text])

@@ -13,27 +13,29 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from lwzlib.base.paths import TEXTS
 from lwzlib.base.rows import read_rows
-from lwzlib.data import damage
-from lwzlib.data.sources import Document, read_documents
+from lwzlib.data.damage import reword, wordings
+from lwzlib.data.sources import read_documents
 from lwzlib.method import overlap
-from lwzlib.method.text import count_passages, count_words
+from lwzlib.method.text import count_passages, count_words, language_of
 
-CORPORA = {"kit:python-docs": 8, "kit:shakespeare": 8, "kit:three-kingdoms": 8}  # documents taken of each
+CORPORA = {"kit:python-docs": 8, "kit:shakespeare": 8, "kit:three-kingdoms": 8}  # documents taken from each
 
 
 def honest(words: int) -> list[dict]:
     """Texts of at most `words` words: {id, kind, language, text}; kind is `plain`, or what repeats by nature."""
-    found = [row | {"id": f"natural/{row['id']}"} for row in read_rows(damage.TEXTS / "natural_repeats.jsonl")]
+    texts = [row | {"id": f"natural/{row['id']}"} for row in read_rows(TEXTS / "natural_repeats.jsonl")]
     for source, count in CORPORA.items():
-        longest = sorted(read_documents(source), key=lambda d: -sum(map(count_words, d.paragraphs)))[:count]
-        found += [{"id": d.id, "kind": "plain", "language": d.language, "text": _start(d, words)} for d in longest]
-    return found
+        longest = sorted(read_documents(source), key=lambda document: -sum(map(count_words, document[1])))[:count]
+        texts += [{"id": name, "kind": "plain", "language": language_of(paragraphs[0]), "text": _start(paragraphs, words)}
+                  for name, paragraphs in longest]
+    return texts
 
 
-def _start(document: Document, words: int) -> str:
+def _start(paragraphs: list[str], words: int) -> str:
     taken, total = [], 0
-    for passage, count in count_passages("\n\n".join(document.paragraphs)):
+    for passage, count in count_passages("\n\n".join(paragraphs)):
         taken.append(passage)
         if (total := total + count) >= words:
             break
@@ -43,45 +45,52 @@ def _start(document: Document, words: int) -> str:
 def repeated(texts: list[dict], seed: int = 0, times: int = 3) -> list[dict]:
     """{kind, language, id, text, before, added}: each plain text, with a passage `added` that repeats one of the text, or
     the passage `before` it; `times` per kind of repetition."""
-    rng, found = random.Random(seed), []
-    paraphrases = read_rows(damage.TEXTS / "paraphrases.jsonl")
-    by_hand = {language: [r for r in paraphrases if r["language"] == language] for language in ("en", "zh")}
-    for text in (t for t in texts if t["kind"] == "plain"):
-        language, passages = text["language"], [p for p, _ in count_passages(text["text"])]
-        runs = _runs(passages)
+    rng, rows, paraphrases = random.Random(seed), [], read_rows(TEXTS / "paraphrases.jsonl")
+    for text in (text for text in texts if text["kind"] == "plain"):
+        language, runs = text["language"], _runs_of(text["text"])
+        by_hand = [pair for pair in paraphrases if pair["language"] == language]
         for _ in range(times):
-            own, pair = " ".join(passages[i] for i in rng.choice(runs[:-1])), rng.choice(by_hand[language])
-            frame = rng.choice(damage.wordings(language)["templates"])
-            topics = rng.sample(damage.wordings(language)["keywords"], 2)
+            own, pair = rng.choice(runs[:-1]), rng.choice(by_hand)
+            frame = rng.choice(wordings(language)["templates"])
+            first, second = rng.sample(wordings(language)["keywords"], 2)
             for kind, before, added in (
-                    ("copied", "", own), ("reworded", "", damage.reword(own, rng, language)),
-                    ("templated", *(frame.format(n=n, topic=topic) for n, topic in enumerate(topics, 1))),
+                    ("copied", "", own), ("reworded", "", reword(own, rng, language)),
+                    ("templated", frame.format(n=1, topic=first), frame.format(n=2, topic=second)),
                     ("paraphrased by hand", pair["original"], pair["paraphrase"])):
-                found.append(text | {"kind": kind, "before": before, "added": added})
-    return found
+                rows.append(text | {"kind": kind, "before": before, "added": added})
+    return rows
 
 
 def scores(texts: list[dict], encode: Callable) -> pd.DataFrame:
-    """A row per unit: kind, language, id, signal (lexical: a sentence; semantic: a run, English only), score in [0, 1].
-    Of a text with `added` only the units of what was added, else all but the first."""
-    found = []
+    """One row per unit: kind, language, id, signal (lexical: a sentence; semantic: a run, English only), score in [0, 1].
+    A text with `added` gives only the units of what was added, another all but the first."""
+    rows = []
     for text in texts:
-        about = {name: text[name] for name in ("kind", "language", "id")}
-        first, *later = (text["text"], text["before"], text["added"]) if "added" in text else (text["text"],)
-        signals: dict[str, Callable] = {"lexical": _lexical, "semantic": functools.partial(_semantic, encode)}
-        for signal in ("lexical", "semantic")[: 1 + (text["language"] == "en")]:
-            found += [about | {"signal": signal, "score": score} for score in signals[signal](first, *later)]
-    return pd.DataFrame(found)
+        parts = text["text"], text.get("before", ""), text.get("added", "")
+        signals = {"lexical": _lexical(*parts)}
+        if text["language"] == "en":
+            signals["semantic"] = _semantic(encode, *parts)
+        for signal, values in signals.items():
+            rows += [_label(text) | {"signal": signal, "score": score} for score in values]
+    return pd.DataFrame(rows)
 
 
-def _lexical(text: str, before: str = "", added: str = "") -> list[float]:
+def _label(text: dict) -> dict:
+    return {name: text[name] for name in ("kind", "language", "id")}
+
+
+def _lexical(text: str, before: str, added: str) -> list[float]:
     earlier = _grams(text) + _grams(before)
     if added:
-        return [max(_jaccard(own, one) for one in earlier) for own in _grams(added)]
-    return [max(_jaccard(own, one) for one in earlier[:i]) for i, own in enumerate(earlier) if i]
+        return [_highest_jaccard(own, earlier) for own in _grams(added)]
+    return [_highest_jaccard(own, earlier[:i]) for i, own in enumerate(earlier) if i]
 
 
-def _semantic(encode: Callable, text: str, before: str = "", added: str = "") -> list[float]:
+def _highest_jaccard(own: frozenset, earlier: list[frozenset]) -> float:
+    return max(len(own & other) / len(own | other) for other in earlier)
+
+
+def _semantic(encode: Callable, text: str, before: str, added: str) -> list[float]:
     vectors = _vectors(encode, text)
     if added:
         new = encode([added, before] if before else [added])
@@ -97,22 +106,19 @@ def _grams(text: str) -> list[frozenset]:
 
 @functools.lru_cache(1)
 def _vectors(encode: Callable, text: str) -> np.ndarray:
+    return encode(_runs_of(text))
+
+
+def _runs_of(text: str) -> list[str]:
+    """Runs of passages, as the semantic signal compares them."""
     passages = [passage for passage, _ in count_passages(text)]
-    return encode([" ".join(passages[i] for i in run) for run in _runs(passages)])
-
-
-def _runs(passages: list[str]) -> list[range]:
-    return overlap.runs_of(passages, [max(1, count_words(p)) for p in passages])
-
-
-def _jaccard(one: frozenset, other: frozenset) -> float:
-    return len(one & other) / len(one | other)
+    runs = overlap.runs_of(passages, [max(1, count_words(passage)) for passage in passages])
+    return [" ".join(passages[run.start : run.stop]) for run in runs]
 
 
 def shares(texts: list[dict], rewards: dict) -> pd.DataFrame:
     """Share of each honest text's words that a FormatReward of each name in `rewards` finds repeated."""
-    found = [{"kind": t["kind"], "language": t["language"], "id": t["id"]} for t in texts]
+    table, answers = pd.DataFrame(list(map(_label, texts))), [text["text"] for text in texts]
     for name, reward in rewards.items():
-        for row, result in zip(found, reward.overlaps([t["text"] for t in texts], [""] * len(texts)), strict=True):
-            row[name] = result.share
-    return pd.DataFrame(found)
+        table[name] = [overlaps.share for overlaps in reward.overlaps(answers, [""] * len(answers))]
+    return table

@@ -50,7 +50,7 @@ def test_honest_texts_are_long_ones_of_people_and_some_that_repeat_by_nature(hon
 
 
 def test_the_longest_documents_are_taken(plain):
-    sizes = {d.id: sum(map(count_words, d.paragraphs)) for d in read_documents("kit:python-docs")}
+    sizes = {name: sum(map(count_words, paragraphs)) for name, paragraphs in read_documents("kit:python-docs")}
     taken = [text["id"] for text in plain if text["id"] in sizes]
     assert taken == sorted(sizes, key=lambda name: -sizes[name])[:2]
 
@@ -80,7 +80,7 @@ def test_scores_of_honest_texts_have_a_row_for_each_unit_but_the_first(plain):
         own = found[found.id == text["id"]]
         passages = [p for p, _ in count_passages(text["text"])]
         assert (own.signal == "lexical").sum() == len(passages) - 1
-        assert (own.signal == "semantic").sum() == (len(thresholds._runs(passages)) - 1) * (text["language"] == "en")
+        assert (own.signal == "semantic").sum() == (len(thresholds._runs_of(text["text"])) - 1) * (text["language"] == "en")
         flagged = find_overlap(text["text"], 0.6).lexical
         assert set(flagged) <= {i + 1 for i, score in enumerate(own.score[own.signal == "lexical"]) if score >= 0.6}
 
