@@ -1,6 +1,7 @@
-"""What the trainers share: arguments, the rows they leave, the model they save."""
+"""Arguments, rows and saved models: what the trainers share."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ from lwzlib.base.quantities import Lora
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.run_folder import Run
 
-# our column: the name under which TRL logs it
+# {our column: the name under which TRL logs it}
 GRPO_COLUMNS = {
     "length": "rewards/length/mean", "format": "rewards/format/mean", "writing": "rewards/writing/mean",
     "think_words": "think_words", "answer_words": "answer_words", "think_tokens": "think_tokens",
@@ -50,23 +51,23 @@ def trainer_arguments(recipe: Recipe, run: Run) -> dict:
 
 
 def load_policy(recipe: Recipe, name: str, spread: bool = False):
-    """(model, tokenizer) of any name, in the recipe's dtype and attention, as `models.load`. Raises ModelError."""
+    """(model, tokenizer) of any name, in the recipe's dtype and attention, as `load_model`. Raises ModelError."""
     m = recipe.model
     return load_model(name, m.dtype, m.attention, m.trust_remote_code, spread=spread)
 
 
-def lora_config(asked: Lora, **more) -> LoraConfig | None:
-    """The adapter that a recipe asks for, with `more` of peft's own arguments; None where all weights are trained."""
-    return LoraConfig(r=asked.rank, lora_alpha=asked.alpha, target_modules=asked.targets, **more) if asked.rank else None
+def lora_config(lora: Lora, **more) -> LoraConfig | None:
+    """Adapter of a recipe, with `more` of peft's own arguments; None where all weights are trained."""
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, **more) if lora.rank else None
 
 
 def checkpoint_arguments(every_steps: int) -> dict:
-    """Arguments: one every so many steps, and of them the last two."""
+    """Trainer arguments that save a checkpoint every `every_steps` steps and keep the last two."""
     return {"save_strategy": "steps", "save_steps": every_steps, "save_total_limit": 2}
 
 
 def last_checkpoint(run: Run, *names: str) -> str | None:
-    """Where the last whole checkpoint is, None without one; the rows `names` are cut back to it."""
+    """Path of the last whole checkpoint, None without one; the rows of each file in `names` are cut back to it."""
     status = run.status
     run.rewind(status.get("checkpoint_step", 0), *names)
     return str(run.folder / "checkpoints" / status["checkpoint"]) if "checkpoint" in status else None
@@ -79,7 +80,7 @@ class AtBegin(TrainerCallback):
         self.do = do
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """transformers calls it before the first step; `do` gets the model in eval mode, and its own mode comes back."""
+        """Call `do` before the first step, with the model in eval mode; its own mode comes back."""
         training = model.training
         self.do(model.eval())
         model.train(training)
@@ -92,7 +93,7 @@ class Snapshots(TrainerCallback):
         self.trainer, self.folder, self.every_steps = trainer, run.folder / "snapshots", every_steps
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Into `snapshots/<step>`; not the last step, whose model `save` keeps, and never where `every_steps` is 0."""
+        """Save into `snapshots/<step>`; never the last step, whose model `save_trained` keeps, nor if `every_steps` is 0."""
         if self.every_steps and state.global_step % self.every_steps == 0 and state.global_step < state.max_steps:
             self.trainer.save_model(str(self.folder / str(state.global_step)))
 
@@ -106,8 +107,8 @@ def load_snapshot(recipe: Recipe, folder: Path, start: str):
 
 
 def train_to_end(trainer, checkpoint: str | None = None):
-    """Train without the library's own printout (`Rows` shows one line a step); the model, an adapter merged into it.
-    Raises KeyboardInterrupt where `Rows` stopped it, after a checkpoint, because it was asked to."""
+    """Train without the library's own printout (`Rows` shows one line per step) and return the model, with its adapter merged.
+    Raises KeyboardInterrupt where `Rows` stopped it, after a checkpoint, because the process was asked to stop."""
     trainer.remove_callback(PrinterCallback)
     Stop.training = True
     try:
@@ -121,7 +122,7 @@ def train_to_end(trainer, checkpoint: str | None = None):
 
 
 def save_trained(model, trainer, run: Run, notes: dict[str, dict] | None = None) -> None:
-    """Safetensors under `model/`, whole or not at all, with the trainer's tokenizer, and `notes` as JSON files beside them.
+    """Write safetensors under `model/`, whole or not at all, with the trainer's tokenizer, and `notes` as JSON files beside.
     Every process calls it: ZeRO-3 has the weights in shards."""
     sharded = trainer.is_deepspeed_enabled and run.recipe.distributed.zero == 3
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
@@ -138,10 +139,10 @@ def save_trained(model, trainer, run: Run, notes: dict[str, dict] | None = None)
 
 
 class Rows(TrainerCallback):
-    """Writes a row a step and remembers the last checkpoint that is whole. A row whose step is repeated after a kill
+    """Writes one row per step and remembers the last checkpoint that is whole. A row whose step is repeated after a kill
     replaces the old one, because `Run.rewind` cut the file back first.
 
-    Saves by the clock too, and when the process is asked to stop (`runs.Stop`): then a last time, and ends."""
+    Saves by the clock too, and when the process is asked to stop (`processes.Stop`): then a last time, and ends."""
 
     def __init__(self, run: Run, columns: dict[str, str]):
         self.run, self.columns = run, columns
@@ -149,13 +150,13 @@ class Rows(TrainerCallback):
         self.every_s = 60 * run.recipe.distributed.checkpoint_every_minutes
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """transformers calls it at each log: one with a loss becomes a row and a printed line, in the first process alone."""
+        """Turn each log with a loss into a row and a printed line, in the first process alone."""
         if not state.is_world_process_zero or "loss" not in logs:
             return
         values = {ours: logs[theirs] for ours, theirs in self.columns.items() if theirs in logs}
         values |= {name: value for name, value in logs.items() if name.startswith("type/")}
         row = {"step": state.global_step} | {name: _number(value) for name, value in values.items()}
-        if "tokens" in row:  # TRL counts them from the start of the process: of this step they are the same after a kill
+        if "tokens" in row:  # TRL counts them from the start of the process; those of one step are the same after a kill
             row["tokens"], self.tokens = row["tokens"] - self.tokens, row["tokens"]
         now = time.perf_counter()
         row["step_s"], self.since = round(now - self.since, 2), now
@@ -167,28 +168,28 @@ class Rows(TrainerCallback):
               f"{shown}  {row['step_s']:.1f} s", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """transformers saves, or saves and stops, by what is set here; all processes set the same."""
-        due, asked = _agreed(0 < self.every_s <= time.monotonic() - self.saved, Stop.asked)
-        control.should_save |= due or asked
-        control.should_training_stop |= asked
+        """Tell transformers to save, or to save and stop; all processes set the same."""
+        due, stopping = _agreed(0 < self.every_s <= time.monotonic() - self.saved, Stop.asked)
+        control.should_save |= due or stopping
+        control.should_training_stop |= stopping
 
     def on_save(self, args, state, control, **kwargs):
-        """transformers calls it when a checkpoint is whole: `status.json` then names it."""
+        """Name the checkpoint, which is whole now, in `status.json`."""
         self.saved = time.monotonic()
         if state.is_world_process_zero:
             self.run.update(checkpoint=f"checkpoint-{state.global_step}", checkpoint_step=state.global_step)
 
 
 def _agreed(*facts: bool) -> list[bool]:
-    """What holds in any of the processes: all must save and stop at the same step."""
-    ours = PartialState()
-    found = torch.tensor(facts, dtype=torch.int32, device=ours.device)
-    if ours.num_processes > 1:
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return [bool(each) for each in found]
+    """Whether each fact holds in any of the processes: all must save and stop at the same step."""
+    state = PartialState()
+    flags = torch.tensor(facts, dtype=torch.int32, device=state.device)
+    if state.num_processes > 1:
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in flags]
 
 
 def _number(value) -> float | None:
-    """TRL logs some numbers as text; NaN becomes an honest gap."""
-    number = None if value is None else float(value)
-    return None if number is None or number != number else number
+    """Number of a log entry, which TRL may give as text; None, an honest gap, for NaN."""
+    number = float("nan") if value is None else float(value)
+    return None if math.isnan(number) else number
