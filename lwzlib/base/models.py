@@ -5,71 +5,73 @@ import functools
 import os
 from pathlib import Path
 
-from lwzlib.base.kit import _MAKERS, TINY, ModelError, _folder, is_prepared, prepare
+from lwzlib.base.kit import ModelError, kit_folder
 
 
 def resolve(name: str) -> str:
     """The folder or hub name to load. Raises ModelError if a kit model is not prepared or a folder does not exist."""
-    if name == TINY:
-        return str(prepare(name))
     if name.startswith("kit:"):
-        if name not in _MAKERS:
-            raise ModelError(f"the kit has no {name!r}; there are {', '.join(_MAKERS)}")
-        if not is_prepared(name):
-            raise ModelError(f"{name} is not prepared yet: run `lwz prepare` (once, about a minute)")
-        return str(_folder(name))
-    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).expanduser().is_dir():
+        return kit_folder(name)
+    folder = Path(name).expanduser()
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not folder.is_dir():
         raise ModelError(f"model folder {name} does not exist")
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    return str(folder) if folder.is_dir() else name
+
+
+@contextlib.contextmanager
+def _loading(what: str):
+    """Silence, and a ModelError of one line for what cannot be loaded."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"cannot load {what}: {str(error).splitlines()[0]}") from error
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
-    """Pads on the left, with the end of a text where it has no padding of its own. Raises ModelError."""
+    """Tokenizer that pads on the left, with the end of a text where it has no padding of its own. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    try:
-        made = AutoTokenizer.from_pretrained(resolve(name), padding_side="left", trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ModelError(f"cannot load the tokenizer of {name}: {str(error).splitlines()[0]}") from error
-    if made.pad_token is None:
-        made.pad_token = made.eos_token
-    return made
+    with _loading(f"the tokenizer of {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), padding_side="left", trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_model(name: str, dtype: str, attention: str, trust_remote_code: bool = False, scorer: bool = False,
                spread: bool = False):
-    """(model in eval mode, tokenizer that pads on the left). A `scorer` gives one number a text, by a new head where the
-    model has none, drawn from torch's generator. One to `spread` lies on all GPUs of a process that has them to itself: it
-    may be larger than each."""
+    """(model in eval mode, tokenizer that pads on the left). A `scorer` gives one number per text, by a new head where the
+    model has none, drawn from torch's generator. A model to `spread` lies on all GPUs of a process that has them to itself:
+    it may be larger than each. Raises ModelError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
     from lwzlib.base.fast_cpu import speed_up
 
-    path, words = resolve(name), load_tokenizer(name, trust_remote_code)
-    logging.disable_progress_bar()
-    try:
-        kind, extra = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
-        if spread := spread and torch.cuda.device_count() > 1 and "RANK" not in os.environ:
-            torch.cuda.empty_cache()  # what another model's work left unused counts as taken
-        if scorer:
-            logging.set_verbosity_error()  # else a report that the head is new
-        model = kind.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=attention,
-                                     trust_remote_code=trust_remote_code, device_map="auto" if spread else None, **extra)
-    except OSError as error:
-        raise ModelError(f"cannot load model {name}: {str(error).splitlines()[0]}") from error
-    model.config.pad_token_id = words.pad_token_id
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    if spread := spread and torch.cuda.device_count() > 1 and "RANK" not in os.environ:
+        torch.cuda.empty_cache()  # what another model's work left unused counts as taken
+    kind, head = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
+    if scorer:
+        logging.set_verbosity_error()  # else a report that the head is new
+    with _loading(f"model {name}"):
+        model = kind.from_pretrained(resolve(name), dtype=getattr(torch, dtype), attn_implementation=attention,
+                                     trust_remote_code=trust_remote_code, device_map="auto" if spread else None, **head)
+    model.config.pad_token_id = tokenizer.pad_token_id
     if not spread:
         model.to("cuda" if scorer and torch.cuda.is_available() else "cpu")
     if not scorer:
         speed_up(model)
-    return model.eval(), words
+    return model.eval(), tokenizer
 
 
 @contextlib.contextmanager
 def unsharded():
-    """Models that are loaded inside are loaded whole, also where ZeRO-3 would shard them over all processes: one that a single
+    """Load the models inside the block whole, also where ZeRO-3 would shard them over all processes: one that a single
     process uses alone would wait for the others for ever."""
     from transformers.integrations import deepspeed as zero
 
@@ -86,14 +88,10 @@ def unsharded():
 def _load_encoder(name: str):
     import torch
     from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:  # bfloat16: three times as fast on CPU, cosines equal to three digits
-        with torch.random.fork_rng(), unsharded():  # loaded in the midst of training
-            return SentenceTransformer(resolve(name), model_kwargs={"dtype": torch.bfloat16})
-    except OSError as error:
-        raise ModelError(f"cannot load sentence encoder {name}: {str(error).splitlines()[0]}") from error
+    with _loading(f"sentence encoder {name}"), torch.random.fork_rng(), unsharded():  # loaded in the midst of training
+        # bfloat16: three times as fast on CPU, cosines equal to three digits
+        return SentenceTransformer(resolve(name), model_kwargs={"dtype": torch.bfloat16})
 
 
 def embed(texts: list[str], name: str, batch: int = 64):

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from lwzlib.base.paths import ROOT
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy")
+_CODE = ("lwzlib", "recipes", "notebooks", "pyproject.toml", "constraints.txt")  # what can change a result
 
 
 def commit_of(made: dict) -> str | None:
@@ -22,12 +24,8 @@ def commit_of(made: dict) -> str | None:
 
 
 def provenance() -> dict:
-    """What made a result: commit, versions, hardware, time."""
-    def git(*words):
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-    code = ("lwzlib", "recipes", "notebooks", "pyproject.toml", "constraints.txt")  # what can change a result
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    """The content of a new `provenance.json`; commit and changes are None outside a repository."""
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE)
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -37,14 +35,17 @@ def provenance() -> dict:
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
+def _git(*words: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def hardware() -> str:
     """Processor, cores and GPUs, in words."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
+        if match := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            name = match[1]
     with contextlib.suppress(ImportError):
         import torch
 

@@ -21,7 +21,7 @@ def loaded(dtype="bfloat16", name=TINY):
     return load_model(name, dtype, "eager")
 
 
-def asked(tokenizer, *texts):
+def tokenised(tokenizer, *texts):
     return tokenizer(list(texts or ("rain on the roof", "a")), return_tensors="pt", padding=True)
 
 
@@ -29,13 +29,13 @@ def asked(tokenizer, *texts):
 @pytest.mark.parametrize("name", [TINY, SMOLLM2])
 def test_logits_and_greedy_tokens_are_the_same_bits(name):
     model, tokenizer = loaded(name=name)
-    texts = asked(tokenizer)
+    texts = tokenised(tokenizer)
     assert torch.equal(type(model).generate(model, **texts, **GREEDY), model.generate(**texts, **GREEDY))
     for policy in (model, get_peft_model(model, ADAPTER)):
         with torch.no_grad():
             before = policy(**texts).logits
             with fast_cpu.faster(policy):
-                layers = [each for each in policy.modules() if "forward" in each.__dict__]
+                layers = [layer for layer in policy.modules() if "forward" in layer.__dict__]
                 assert len(layers) > 14 and torch.equal(before, policy(**texts).logits)
 
 
@@ -43,9 +43,9 @@ def test_logits_and_greedy_tokens_are_the_same_bits(name):
 def test_a_loaded_model_and_an_adapter_on_it_generate_within_the_block(dtype, monkeypatch):
     model, tokenizer = loaded(dtype)
     entered = []
-    monkeypatch.setattr(fast_cpu, "_packed", lambda of: entered.append(of) or {})
-    model.generate(**asked(tokenizer), **DRAWN)
-    get_peft_model(model, ADAPTER).generate(**asked(tokenizer), **DRAWN)
+    monkeypatch.setattr(fast_cpu, "_packed", lambda model: entered.append(model) or {})
+    model.generate(**tokenised(tokenizer), **DRAWN)
+    get_peft_model(model, ADAPTER).generate(**tokenised(tokenizer), **DRAWN)
     assert entered == [model, model]
 
 
@@ -71,7 +71,7 @@ def test_other_draws_are_torchs_own():
 
 def test_a_seed_draws_the_same_tokens_again():
     model, tokenizer = loaded()
-    texts, drawn = asked(tokenizer), []
+    texts, drawn = tokenised(tokenizer), []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
         drawn.append(model.generate(**texts, **DRAWN).tolist())
@@ -91,7 +91,7 @@ def test_nothing_is_left_behind(fails):
 
 def test_weights_that_change_between_generations_are_seen():
     model, tokenizer = loaded()
-    texts = asked(tokenizer)
+    texts = tokenised(tokenizer)
     before = model.generate(**texts, **GREEDY)
     torch.manual_seed(1)
     for layer in model.model.layers:
@@ -105,13 +105,13 @@ def test_weights_that_change_between_generations_are_seen():
 @can_pack
 def test_gradients_flow_inside_the_block():
     model, tokenizer = loaded()
-    found = []
+    gradients = []
     for block in (nullcontext(), fast_cpu.faster(model)):
         model.zero_grad()
         with block:
-            model(**asked(tokenizer)).logits.float().logsumexp(-1).sum().backward()
-        found.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            model(**tokenised(tokenizer)).logits.float().logsumexp(-1).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_layers_that_another_library_wraps_and_shards_are_left_alone():

@@ -1,11 +1,15 @@
 """The embedded model: special tokens, stopping, and that it learns what it is paid for."""
 
+import hashlib
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
 from lwzlib.base import models
-from lwzlib.base.kit import SMOLLM2, TINY, ModelError, is_prepared, prepare, verify
+from lwzlib.base.kit import SMOLLM2, TINY, ModelError, is_prepared, prepare
 from lwzlib.base.models import load_model
 from lwzlib.base.quantities import Sampling
 from lwzlib.base.recipe import load_recipe
@@ -25,11 +29,13 @@ def nano():
 def test_special_tokens_survive_the_conversion(nano):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(models.resolve(SMOLLM2))
+    folder = Path(models.resolve(SMOLLM2))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     ids = tokenizer("<|im_start|>user\nhi<|im_end|>").input_ids
     assert ids[0] == 1 and ids[-1] == 2
-    assert verify(SMOLLM2)
+    files = json.loads((folder / "sha256.json").read_text())
+    assert all(hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest for file, (_, digest) in files.items())
 
 
 def test_it_answers_and_stops(nano):
@@ -85,16 +91,16 @@ def test_the_real_model_trains_with_grpo(nano, tmp_path):
 
 def test_a_model_to_spread_lies_where_accelerate_puts_it(smoke, monkeypatch):
     """On all GPUs where a process has several to itself, not where each is a process's own; and it writes from there."""
-    asked, real = [], transformers.AutoModelForCausalLM.from_pretrained
+    device_maps, real = [], transformers.AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *args, device_map, **more: (
-        asked.append(device_map), real(*args, device_map={"": "cpu"}, **more))[1])
+        device_maps.append(device_map), real(*args, device_map={"": "cpu"}, **more))[1])
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "device_count", lambda: 2)
         model, tokenizer = load_model(smoke.model.name, "float32", "eager", spread=True)
         load_model(smoke.model.name, "float32", "eager")
         patch.setenv("RANK", "0")
         load_model(smoke.model.name, "float32", "eager", spread=True)
-    assert asked == ["auto", None, None]
+    assert device_maps == ["auto", None, None]
     monkeypatch.setattr(model, "hf_device_map", {"": "cpu"}, raising=False)  # as accelerate leaves it
     monkeypatch.setattr(model, "to", None)  # moved no more
     (_, text, *_), = completions(model, tokenizer, ["x"], Sampling(temperature=1, top_p=1, max_new_tokens=3), 1, 0)

@@ -104,12 +104,12 @@ def test_an_override_that_cannot_be_read_is_a_recipe_error(override):
 
 
 def test_departures_of_nano_are_named_with_both_values():
-    found = {name: (theirs, ours) for name, theirs, ours in departures(load_recipe("nano"))}
+    values = {name: (theirs, ours) for name, theirs, ours in departures(load_recipe("nano"))}
     nano = load_recipe("nano")
-    assert found["grpo.steps"] == (150, nano.grpo.steps)
-    assert found["prompt.wording"] == ("full", "brief")
-    assert {"model.name", "writing_rm.pairs", "reward.length.max_words", "grpo.group_size"} <= set(found)
-    assert "grpo.advantage" not in found
+    assert values["grpo.steps"] == (150, nano.grpo.steps)
+    assert values["prompt.wording"] == ("full", "brief")
+    assert {"model.name", "writing_rm.pairs", "reward.length.max_words", "grpo.group_size"} <= set(values)
+    assert "grpo.advantage" not in values
 
 
 def test_the_paper_departs_from_itself_in_nothing():
@@ -128,13 +128,13 @@ def test_fingerprint_depends_on_the_extras_and_on_nothing_else():
     assert one.fingerprint("grpo", seed=1) == same.fingerprint("grpo", seed=1) != one.fingerprint("grpo", seed=2)
 
 
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.parametrize(("more", "message"), [
     ("extends: [nano]\n", r"extends = \['nano'\] must be one name"),
     ("extends: nano\narms: {a/b: {start: base, prompt: think}}\n", r"arms.*a/b"),
     ("extends: nano\narms: {base-think: {start: base, prompt: think, change: {launch: inline}}}\n",
      "'launch' holds for a whole run")])
-def test_what_no_run_could_follow_is_refused(tmp_path, more, said):
-    with pytest.raises(RecipeError, match=said):
+def test_what_no_run_could_follow_is_refused(tmp_path, more, message):
+    with pytest.raises(RecipeError, match=message):
         load_recipe(_write(tmp_path, more))
 
 

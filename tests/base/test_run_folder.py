@@ -6,8 +6,9 @@ import os
 import resource
 
 import pytest
+import yaml
 
-from lwzlib.base import provenance, recipe, rows, run_folder
+from lwzlib.base import provenance, rows, run_folder
 from lwzlib.base.provenance import commit_of
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import RunError, append_rows, read_rows, write_atomic
@@ -51,9 +52,9 @@ def test_a_run_is_finished_after_its_work_and_not_before(tmp_path):
 
 def test_work_leaves_what_was_asked_and_what_made_it(tmp_path):
     _finish(tmp_path, model_hash="abc")
-    asked = recipe.yaml.safe_load((tmp_path / "stage" / "recipe.yaml").read_text())
-    assert (set(asked), asked["seed"]) == ({"model", "grpo", "seed", "inputs"}, 1)
-    assert asked["inputs"] == {"model_hash": "abc"}
+    content = yaml.safe_load((tmp_path / "stage" / "recipe.yaml").read_text())
+    assert (set(content), content["seed"]) == ({"model", "grpo", "seed", "inputs"}, 1)
+    assert content["inputs"] == {"model_hash": "abc"}
     made = json.loads((tmp_path / "stage" / "provenance.json").read_text())
     assert {"commit", "versions", "hardware", "started"} <= set(made)
 
@@ -176,7 +177,7 @@ def test_rows_that_several_commits_made_name_none_as_the_whole_truth(tmp_path, m
     assert commit_of(work("a" * 40, False)) == "a" * 40, "the same again is no change"
     assert "resumed" not in work("a" * 40, False)
     assert commit_of(work("a" * 40, False, "2")) == "a" * 40, "versions are kept, and are no change of the code"
-    found = work("b" * 40, False, "2")
-    assert commit_of(found) == "a" * 40 + "+" and [each["commit"] for each in found["resumed"]] == ["a" * 40, "b" * 40]
+    made = work("b" * 40, False, "2")
+    assert commit_of(made) == "a" * 40 + "+" and [later["commit"] for later in made["resumed"]] == ["a" * 40, "b" * 40]
     assert commit_of({"commit": "a" * 40, "uncommitted_changes": True}) == "a" * 40 + "+"
     assert commit_of({"commit": None, "uncommitted_changes": None}) is None
