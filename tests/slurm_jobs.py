@@ -76,7 +76,8 @@ class Site:
 
     def running(self, seconds: float = 60) -> Job:
         """The job, once it says that it runs."""
-        return until(lambda: next((job for job in self.jobs() if job.report.get("state") == "running"), None), "the job", seconds)
+        return until(lambda: next((job for job in self.jobs() if job.report.get("state") == "running"), None),
+                     "the job", seconds)
 
     def cells(self) -> list:
         """Code cells of the local notebook, without papermill's own."""

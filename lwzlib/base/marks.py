@@ -6,7 +6,6 @@ In `paper.yaml` each quantity carries `# A`, `# B` or `# N: why this value`; in 
 """
 
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -82,5 +81,4 @@ def _markdown_line(cells: Iterable[str]) -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE
-    path.write_text(rewritten_page(path.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(rewritten_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -233,7 +233,7 @@ def _put(tree: dict, name: str, value: Any) -> None:
 
 
 def nearest_name(name: str, valid: Iterable[str]) -> str:
-    """What was probably meant, as the end of an error; "" if nothing is like it."""
+    """End of an error that says what was probably meant; "" if no valid name is like it."""
     near = difflib.get_close_matches(name, map(str, valid), n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -61,7 +61,7 @@ class Run:
                        "Choose another run_dir, or remove that folder")
 
     def _content(self) -> dict:
-        """What the fingerprint is made of, as `recipe.yaml` holds it."""
+        """Content of `recipe.yaml`, of which the fingerprint is made."""
         content = self.recipe.model_dump(mode="json")
         return {key: content[key] for key in self.sections} | {"seed": self.seed, "inputs": self.inputs}
 
