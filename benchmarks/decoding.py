@@ -1,7 +1,7 @@
 """Decoding in a block of `lwzlib.base.fast_cpu.faster` against transformers' own `generate`, on a CPU.
 
 Both write the same number of tokens for the same prompts with the same model, in turns, in one process: with and without a
-LoRA adapter, as in RL. The faster block is part of the kit's `generate`, so its preparation is in its time.
+LoRA adapter, as in RL. The faster block is part of `model.generate` after `fast_cpu.speed_up`: its preparation is in its time.
 
     python benchmarks/decoding.py [--recipe nano] [--tokens 100] [--rounds 3]
 """

@@ -20,7 +20,7 @@ from lwzlib.base.kit import TINY, prepare
 from lwzlib.base.recipe import load_recipe
 from lwzlib.pipeline.stages import run_stage
 
-_LONGEST = ("test_models", "test_pipeline", "test_vllm")  # started first: at the end the other worker would wait for them
+_LONGEST = ("test_models", "test_notebooks", "test_vllm", "test_serve_rm")  # first: at the end the other worker would wait
 
 # A shell's background job ignores Ctrl-C, and so would what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""The exercises: at the end of each notebook, with folded solutions. That they run is seen in test_pipeline.py."""
+"""The exercises: at the end of each notebook, with folded solutions. tests/pipeline/test_notebooks.py runs them."""
 
 from pathlib import Path
 

@@ -4,12 +4,12 @@
     sbatch, on the first node    the script ends with `exec python -m lwzlib.cluster.in_job`
     in_job.Head                  runs the notebook in a kernel; live.ipynb and state.json tell how far it is
     a cell                       pipeline.launch.launch starts a stage
-    srun or torchrun             starts a rank on each GPU: `lwz stage`
+    srun or torchrun             starts `lwz stage` as a rank on each GPU, for a stage that trains; others are one process
 
 Before the time limit a signal runs down the same way, and the job goes back into the queue:
 
-    Slurm - USR2 -> in_job - INT -> kernel: KeyboardInterrupt in launch - USR1 -> each rank (base.processes.Stop): checkpoint
-    -> the ranks end -> the cell ends, interrupted -> in_job: scontrol requeue
+    Slurm -USR2-> in_job -INT-> kernel: KeyboardInterrupt in launch -USR1-> each rank: base.processes.Stop is asked,
+    base.trainers.Rows saves a checkpoint after the step and stops -> the cell ends, interrupted -> in_job: scontrol requeue
 
 papermill loads this module whenever it is imported, so nothing else is imported before `slurm` is used.
 """

@@ -128,7 +128,7 @@ def roc(table: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def accuracy(quality: dict, ax: Axes) -> Axes:
-    """Accuracy of a Writing RM by kind of pair, with its interval; `quality` as `reward_model.quality` gives it."""
+    """Accuracy of a Writing RM by kind of pair, with its interval; `quality` as `train_writing_rm.quality` gives it."""
     kinds = sorted(quality["accuracy"].items(), key=lambda item: item[1][0])
     for i, (kind, (share, low, high, _)) in enumerate(kinds):
         colour = STYLES[0][0] if kind != "all" else "black"

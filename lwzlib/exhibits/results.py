@@ -37,7 +37,7 @@ class _Row(BaseModel):
     arm: _Said
     seed: Annotated[int, Field(ge=0)]
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}\+?$")]  # + : with other changes, see runs.commit_of
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}\+?$")]  # + : with other changes, see provenance.commit_of
     hardware: _Said
     versions: _Said
 

@@ -14,7 +14,7 @@ def averaged(rewards: np.ndarray) -> np.ndarray:
     return advantages.mean(axis=2)
 
 
-# What `fuse` adds to it: weights of the components, rewards that are missing (NaN), groups without variance, and other modes.
+# Beyond it, `fuse` handles weights of the components, missing rewards (NaN), groups without variance, and other modes.
 # Not published, chosen here: the sample standard deviation and epsilon 1e-4 are TRL's, so `sum` and `gdpo` equal TRL.
 _EPSILON = 1e-4
 _NO_SPREAD = 1e-6  # rewards of order 1 in float32 that differ by less are equal
@@ -23,9 +23,9 @@ _NO_SPREAD = 1e-6  # rewards of order 1 in float32 that differ by less are equal
 def fuse(rewards, weights, mode: str = "zscore") -> np.ndarray:
     """Advantages of shape (groups, group_size) from rewards of shape (groups, group_size, components).
 
-    `zscore` is the paper's mode and `minmax` another note's of it, "normalised to [-1, 1] in the group". They leave a NaN
+    `zscore` is the paper's mode, `minmax` another description of it (normalise to [-1, 1] in the group). They leave a NaN
     reward out: its component does not count for that completion, and the other weights are scaled up. `sum` is the naive
-    ablation (sum the rewards, then whiten) and takes NaN for a raw 0; `gdpo` is TRL's `normalize_then_sum` (whiten per
+    ablation (sum the rewards, then whiten) and counts a NaN reward as 0; `gdpo` is TRL's `normalize_then_sum` (whiten per
     component, sum, whiten the batch) and takes NaN for the group's mean, as TRL does. A completion without any reward, and a
     group without variance, get advantage 0. `weights` has shape (components,).
     Raises ValueError for an unknown mode, an empty group, or weights that do not fit.

@@ -3,12 +3,12 @@
 Length, in [0, 1] (published): 1 inside [lower, upper]; words / lower below; (max - words) / (max - upper) above. The value of
 `max` and a floor are not published: `reward.length.max_words` names the first, and the reward is floored at 0.
 
-Writing, any real number (published): a Bradley-Terry model's score of query and answer (`lwzlib.method.train_writing_rm`).
+Writing, any real number (published): a Bradley-Terry model's score of query and answer (`writing_rm`, `train_writing_rm`).
 
-Format, in [0, 1] (structure published, the rest not): exactly one `<think>` then exactly one `<answer>`, times a repetition
-factor for passages of the answer that repeat each other, by their letters or by their meaning, or the letters of the plan.
-`partial_credit` (off in `paper`) pays per tag in its place, so that a model that starts without the form can find it (paid
-for tags in any place, policies settled on an answer within the plan); `min_plan_words` asks for a plan that is one.
+Format, in [0, 1] (structure published, the rest not): exactly one `<think>` then exactly one `<answer>`, times a factor below 1
+if passages of the answer repeat each other (by letters or by meaning) or copy the plan (by letters). `partial_credit` (0 in
+`paper`) pays for each tag in its place, up to the first wrong one, so that a model that starts without the form can find it;
+when any place was paid for, policies put the answer inside the plan. A plan below `min_plan_words` does not count as one.
 """
 
 import functools
@@ -65,7 +65,7 @@ class LengthReward:
 
 @dataclass(frozen=True)
 class FormatReward:
-    """Structure times (1 - repetition), where repetition is the share of repeated words beyond what is tolerated.
+    """Structure times (1 - excess): `excess` rises from 0 to 1 with the share of repeated words, from the tolerated share on.
 
     `encoder` names the sentence encoder of the semantic signal, for texts in `encoder_languages`; "" leaves it off.
 
@@ -169,7 +169,7 @@ def build_rewards(recipe: Recipe, writing_rm: str = "") -> dict:
 
 
 def reward_names(recipe: Recipe) -> list[str]:
-    """Names of the rewards whose weight is above 0, in the order of `build_rewards`. Raises RewardError if there is none."""
+    """Names of the rewards whose weight is above 0, in `build_rewards`' order too. Raises RewardError if there is none."""
     names = [name for name in ("length", "writing", "format") if getattr(recipe.reward.weights, name) > 0]
     if not names:
         raise RewardError("reward.weights are all 0; give at least one a weight above 0")

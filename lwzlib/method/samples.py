@@ -1,7 +1,7 @@
 """Samples of a policy with their rewards: what an arm writes for held-out queries, before, during and after RL.
 
 The paper rates its arms by Arena-Write over the RL steps (Fig 3). The kit lets every kept policy write for its own held-out
-queries. `scored` also writes what `distil` chooses from. Where the recipe has vLLM servers, those write instead.
+queries. `scored` also writes what `distil` chooses from. Where the recipe has vLLM servers, the servers write the completions.
 """
 
 import itertools
@@ -61,13 +61,13 @@ def framed_queries(recipe: Recipe, queries: list[Query], style: Style, tokenizer
 
 def write_samples(recipe: Recipe, run: Run, arm: str, model_name: str, writing_rm: str = "",
                   write: Writer | None = None) -> Path:
-    """Write and score the held-out queries by a model: `samples.jsonl`. Returns the run's folder."""
+    """Let a model answer the held-out queries and score the answers: `samples.jsonl`. Returns the run's folder."""
     return _write(recipe, run, arm, {"samples": Policy(model_name)}, writing_rm, write)
 
 
 def write_samples_during(recipe: Recipe, run: Run, arm: str, start: str, grpo: Path, writing_rm: str = "",
                          write: Writer | None = None) -> Path:
-    """Write and score them by each snapshot of the policy: `samples_<step>.jsonl`. Raises RunError if RL kept other ones."""
+    """Let each snapshot of the policy answer them: `samples_<step>.jsonl`. Raises RunError if RL did not keep a snapshot."""
     wanted = range(recipe.evaluation.every_steps, recipe.grpo.steps, recipe.evaluation.every_steps)
     snapshots = {step: grpo / "snapshots" / str(step) for step in wanted}
     missing = [str(step) for step, folder in snapshots.items() if not folder.is_dir()]

@@ -7,6 +7,7 @@ import codecs
 import collections
 import contextlib
 import functools
+import io
 import os
 import signal
 import subprocess
@@ -43,21 +44,17 @@ def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "
     run = stage_run(stage, recipe, root, seed, arm)
     if run.finished:
         print(f"{stage} of {arm or 'all arms'}: already done in {run.folder}")
-        return run
-    if recipe.launch == "inline":
+    elif recipe.launch == "inline":
         run_stage(stage, recipe, root, seed, arm)
-        return run
-    needed = needs(stage, recipe, arm)
-    if recipe.launch != "subprocess":
-        for other, its_arm in needed:
-            launch(other, recipe, root, seed, its_arm)
-    if recipe.launch == "subprocess" or not STAGES[stage].spreads:
-        _do(_command(stage, recipe, Path(root), seed, arm, run.folder), [run])
-        return run
-    models = [str(stage_run(other, recipe, root, seed, its_arm).folder / "model") for other, its_arm in needed
-              if other in ("cold-start", "pretrain")]
-    with vllm_servers.ready(stage, recipe, run.folder, [*models, run.recipe.model.name][0]) as (world, env):
-        _do(_command(stage, recipe, Path(root), seed, arm, run.folder), [run], world, env)
+    elif recipe.launch == "subprocess":
+        _do(_command(stage, recipe, root, seed, arm, run.folder), [run])
+    else:
+        needed = [(name, launch(name, recipe, root, seed, its_arm).folder) for name, its_arm in needs(stage, recipe, arm)]
+        models = [str(folder / "model") for name, folder in needed if name in ("cold-start", "pretrain")]
+        start = models[0] if models else run.recipe.model.name
+        with contextlib.ExitStack() as around:
+            spread = around.enter_context(vllm_servers.ready(stage, recipe, run.folder, start)) if STAGES[stage].spreads else ()
+            _do(_command(stage, recipe, root, seed, arm, run.folder), [run], *spread)
     return run
 
 
@@ -66,7 +63,7 @@ def launch_arm(recipe: Recipe, root: str | Path, seed: int, arm: str) -> dict[st
     runs = {stage: stage_run(stage, recipe, root, seed, arm) for stage in arm_stages(recipe, arm)}
     unfinished = [stage for stage, run in runs.items() if not run.finished]
     if unfinished and recipe.launch == "subprocess":
-        command = _command(",".join(unfinished), recipe, Path(root), seed, arm, runs[unfinished[0]].folder)
+        command = _command(",".join(unfinished), recipe, root, seed, arm, runs[unfinished[0]].folder)
         _do(command, [runs[stage] for stage in unfinished])
     else:
         for stage in runs:
@@ -74,31 +71,33 @@ def launch_arm(recipe: Recipe, root: str | Path, seed: int, arm: str) -> dict[st
     return runs
 
 
-def _command(stage: str, recipe: Recipe, root: Path, seed: int, arm: str, folder: Path) -> list[str]:
+def _command(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str, folder: Path) -> list[str]:
     """The command that does the stage, or several (a,b); the recipe lies in the run's folder, which all nodes see."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "asked.yaml", recipe.model_dump_json())  # JSON is YAML too
     return [sys.executable, "-m", "lwzlib.cli.main", "stage", stage, str((folder / "asked.yaml").resolve()), "--run-dir",
-            str(root.resolve()), "--seed", str(seed), *(["--arm", arm] if arm else [])]
+            str(Path(root).resolve()), "--seed", str(seed), *(["--arm", arm] if arm else [])]
 
 
 def _do(command: list[str], runs: list[Run], world: ranks.World | None = None, env: dict[str, str] | None = None) -> None:
     """Do what the command does for these runs, one after the other, and print its output. With a `world`, every rank does it,
     and the output is that of rank 0. Raises Interrupted or RunError."""
-    logs, said, log = runs[0].folder / "logs", collections.deque[str](maxlen=1_000), None
-    if world:
-        command, more = ranks.in_every_rank(world, command, logs)
-        env = (env or {}) | more
-        log = logs / "rank-000.log"
-        log.write_bytes(b"")  # of an earlier start
-    with contextlib.ExitStack() as opened, subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
-            start_new_session=True,  # Ctrl-C in a terminal or in Jupyter reaches it through `_end` alone
-            env=os.environ | MALLOC | _QUIET | {"LWZ_END_WITH": str(os.getpid())} | (env or {})) as process:
-        assert process.stdout
-        streams = [process.stdout, *([opened.enter_context(log.open("rb", buffering=0))] if log else [])]
+    logs, said = runs[0].folder / "logs", collections.deque[str](maxlen=1_000)
+    env = os.environ | MALLOC | _QUIET | {"LWZ_END_WITH": str(os.getpid())} | (env or {})
+    with contextlib.ExitStack() as opened:
+        shown: dict[io.FileIO, bool] = {}  # whether what comes there is printed
+        if world:
+            command, of_ranks = ranks.in_every_rank(world, command, logs)
+            env |= of_ranks
+            (logs / "rank-000.log").write_bytes(b"")  # without what an earlier start wrote
+            shown[opened.enter_context((logs / "rank-000.log").open("rb", buffering=0))] = True
+        process = opened.enter_context(subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+            start_new_session=True))  # Ctrl-C in a terminal or in Jupyter reaches it through `_end` alone
+        assert isinstance(process.stdout, io.FileIO)
         os.set_blocking(process.stdout.fileno(), False)
-        show = functools.partial(_show_until_end, process, streams, said)
+        shown[process.stdout] = not world or world.slurm  # not torchrun's table of failures: `_check` sums it up
+        show = functools.partial(_show_until_end, process, shown, said)
         try:
             show()
         except KeyboardInterrupt:
@@ -107,16 +106,17 @@ def _do(command: list[str], runs: list[Run], world: ranks.World | None = None, e
     _check(process.returncode, runs, "".join(said), world)
 
 
-def _show_until_end(process: subprocess.Popen, streams: list, said: collections.deque[str]) -> None:
-    """Print what comes in the streams until the process has ended; the last of it stays in `said`."""
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in streams]
+def _show_until_end(process: subprocess.Popen, shown: dict[io.FileIO, bool], said: collections.deque[str]) -> None:
+    """Read the streams until the process has ended, and print what comes in those that are `shown`; its end stays in `said`."""
+    decoders = {stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in shown}
     ended = False
     while not ended:
         ended = process.poll() is not None
-        for stream, decoder in zip(streams, decoders, strict=True):
+        for stream, decoder in decoders.items():
             while chunk := stream.read(65_536):
                 said.append(decoder.decode(chunk))
-                print(said[-1], end="", flush=True)
+                if shown[stream]:
+                    print(said[-1], end="", flush=True)
         time.sleep(0 if ended else _POLL_S)
 
 

@@ -30,8 +30,7 @@ _MEET_S = 50  # for the nodes of an allocation to reach each other
 _GRACE_S = 10  # for ranks that were asked to end
 _WITH_US = ("setpriv", "--pdeathsig", "TERM")  # a command that ends when its parent does
 # A shell gives a rank what its engine does not, and becomes the rank. Without its engine it ends (`end_with_parent`).
-_SRUN_RANK = ("export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LWZ_END_WITH=$PPID; "
-              'exec "$@"')
+_SRUN_RANK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LWZ_END_WITH=$PPID; exec "$@"'
 # torchrun's --log-dir would put output and errors apart, into folders of random names.
 _TORCHRUN_RANK = 'export LWZ_END_WITH=$PPID; exec "$@" > "$LWZ_LOGS/rank-$(printf %03d $RANK).log" 2>&1'
 # What the engines say of the rank that failed first.
@@ -135,11 +134,8 @@ def failure(at: World, said: str, logs: Path) -> str:
     signals = {signal.strsignal(number): f"-{number}" for number in signal.valid_signals()}
     rank, how = int(first["rank"]), signals.get(first["how"], first["how"])
     host, log = first["host"] if at.slurm else platform.node(), logs / f"rank-{rank:03d}.log"
-    if how.removeprefix("-").isdigit():
-        how = f", by signal {how[1:]}" if how.startswith("-") else f", with exit code {how}"
-    else:
-        how = f": {how}"
-    return f"rank {rank} of {at.size} on {host} ended first{how} (log: {log}); its last lines:\n{tail(log)}"
+    end = f", by signal {how[1:]}" if how.startswith("-") else f", with exit code {how}" if how.isdigit() else f": {how}"
+    return f"rank {rank} of {at.size} on {host} ended first{end} (log: {log}); its last lines:\n{tail(log)}"
 
 
 def tail(path: Path, lines: int = 40) -> str:
@@ -151,44 +147,38 @@ def tail(path: Path, lines: int = 40) -> str:
 
 def meet(at: World) -> None:
     """Let every node reach the first one over the network. Raises RunError that names those which do not within a minute."""
-    where = (at.hosts[0], str(at.port + 1))
-    command = [*srun(at.hosts), sys.executable, "-m", "lwzlib.pipeline.ranks", *where, str(len(at.hosts)), str(_MEET_S)]
-    done = subprocess.run(["timeout", "--kill-after=2", str(_MEET_S + 6), *command], stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True)
+    head, port = at.hosts[0], str(at.port + 1)
+    command = ["timeout", "--kill-after=2", str(_MEET_S + 6), *srun(at.hosts), sys.executable, "-m", "lwzlib.pipeline.ranks",
+               head, port, str(len(at.hosts)), str(_MEET_S)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if away := [host for host in at.hosts if host not in done.stdout.split()]:
-        raise RunError(f"of {len(at.hosts)} nodes, {', '.join(away)} did not reach {':'.join(where)} within {_MEET_S} s; "
+        raise RunError(f"of {len(at.hosts)} nodes, {', '.join(away)} did not reach {head}:{port} within {_MEET_S} s; "
                        f"srun said:\n{done.stderr.strip()}")
 
 
 def meet_here(head: str, port: int, nodes: int, patience_s: float) -> None:
-    """The task of `meet` on each node: print the node's name when it reaches the first one, which listens until all have come.
-    Raises SystemExit."""
+    """The task of `meet` on a node: print the node's name once it reaches the first, which listens until all have come. Raises
+    SystemExit."""
     number, name, deadline = os.environ["SLURM_PROCID"], os.environ["SLURMD_NODENAME"], time.monotonic() + patience_s
+    line_of_name = f"{name}\n".encode()  # written in one piece: srun mixes what its tasks write
     if number == "0":
         missing = {str(other).encode() for other in range(1, nodes)}
         with socket.create_server(("", port)) as server:
-            _say(name)
+            os.write(1, line_of_name)
             while missing:  # `meet` ends it
                 with contextlib.suppress(OSError), server.accept()[0] as line:
                     line.settimeout(5)
                     missing.discard(line.recv(9))
-        return
-    while True:
+    while number != "0":
         try:
             with socket.create_connection((head, port), timeout=5) as line:
                 line.sendall(number.encode())
-            return _say(name)
+            os.write(1, line_of_name)
+            return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise SystemExit(
-                    f"{name} cannot reach the head node at {head}:{port} within {patience_s:g} s: {error}") from None
+                sys.exit(f"{name} cannot reach the head node at {head}:{port} within {patience_s:g} s: {error}")
         time.sleep(0.05)
-
-
-def _say(name: str) -> None:
-    """Print a line in one piece: with `--unbuffered`, srun mixes what its tasks write."""
-    sys.stdout.write(f"{name}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The stages of a run, as one table: what each needs, which sections of the recipe it reads, whose it is, and what does it.
 
-Fingerprints, order, `lwz status`, launching and resuming follow from the rows. To add a stage, add a row to `STAGES`; if every
-arm is to have it, name it in `arm_stages` too.
+Fingerprints, order, `lwz status`, launching and resuming follow from the rows. To add a stage, add a row to `STAGES`; it is
+reached where another row needs it or `arm_stages` names it. Its quantities go into a section of the recipe
+(`base/quantities.py`), the files it reads into `_inputs`.
 
 Published is the order of the method: continual pretraining on packed text with chain-of-thought documents that an arm wrote,
 then GRPO against a trained Writing RM, and SFT as the baseline. The cold start and the samples of an arm are the kit's own.
@@ -58,10 +59,10 @@ class Work:
 class Stage(NamedTuple):
     """A row of the table.
 
-    `does` is called with the recipe, the Run and what `gets` adds. `needs`: stages that come before, in this order; START,
-    TRAINED and TEACHER depend on the arm. `reads`: sections of the recipe, beside those of the needs. `own_if`: an arm that
-    changes one of these sections does the stage in its own folder, the others share it; None: each arm has its own. `spreads`:
-    it trains, so it runs in as many processes as the recipe has.
+    `does` is called with the recipe, the Run and what `gets` adds. `needs`: stages that come before, in this order; START and
+    TRAINED depend on the arm, TEACHER on `cot.arm`. `reads`: sections of the recipe, beside those of the needs. `own_if`: an
+    arm that changes one of these sections does the stage in its own folder, the others share it; None: each arm has its own.
+    `spreads`: it runs in as many processes as the recipe has.
     """
 
     does: Callable[..., Path]
@@ -224,7 +225,7 @@ def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
     """Do the stage here, after the stages it needs; a finished one returns at once. Returns its artefact: the folder of a
     model, or the stage's own."""
     run = stage_run(stage, recipe, root, seed, arm)
-    if run.finished and stage != "pack":  # that one looks for damage first
+    if run.finished and stage != "pack":  # pack checks its shards for damage even when finished
         return run.folder / "model" if (run.folder / "model").is_dir() else run.folder
     needed = {other: run_stage(other, recipe, root, seed, of) for other, of in needs(stage, recipe, arm)}
     return STAGES[stage].does(run.recipe, run, *STAGES[stage].gets(Work(run, arm, needed)))

@@ -57,7 +57,7 @@ def test_every_notebook_is_part_of_the_run(smoke, tmp_path):
 
 def test_where_the_sliders_do_not_show_there_is_a_picture(smoke_run):
     cells = nbformat.read(smoke_run / "notebooks" / "02_reward_design.ipynb", 4).cells
-    maps, sliders = (next(cell for cell in cells if f"explore.{name}(" in cell.source) for name in ("surface", "sliders"))
+    maps, sliders = (next(cell for cell in cells if f"sliders.{name}(" in cell.source) for name in ("surface", "sliders"))
     assert any("image/png" in output.get("data", {}) for output in maps.outputs)
     assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in sliders.outputs)
 
