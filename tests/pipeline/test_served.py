@@ -19,7 +19,7 @@ from lwzlib.method import samples
 from lwzlib.method.queries import load_queries
 from lwzlib.method.rewards import build_rewards
 from lwzlib.method.samples import framed_queries, scored
-from lwzlib.pipeline import ranks, vllm_servers
+from lwzlib.pipeline import ranks, served, vllm_servers
 from lwzlib.pipeline.stages import stage_run
 
 SERVED = ("launch=slurm distributed.nodes=2 vllm.mode=server vllm.nodes=1 reward.weights.writing=0.0 cold_start.queries=0 "
@@ -69,8 +69,8 @@ def written(tmp_path, r, times=2):
     run = stage_run("distil", r, tmp_path / "run", 3)
     run.folder.mkdir(parents=True, exist_ok=True)
     queries = [q for q in load_queries(r.data.train, ["en"])[:2] for _ in range(times)]
-    return run, scored(r, run, "completions", Policy(TINY), "", queries, "think", r.grpo.sampling, 3,
-                                ["</answer>"])
+    return run, scored(r, run, "completions", Policy(TINY), "", queries, "think", r.grpo.sampling, 3, ["</answer>"],
+                       served.write)
 
 
 def test_a_query_is_drawn_once_a_round_and_scored_in_order(vllm, tmp_path):
@@ -150,9 +150,9 @@ def test_a_snapshot_that_is_an_adapter_is_merged_for_the_server(smoke, tmp_path)
     tokenizer.save_pretrained(tmp_path / "snapshot")
     run = stage_run("grpo", smoke, tmp_path, 0, "base-think")
     policy = Policy(str(tmp_path / "snapshot"), TINY)
-    served = AutoModelForCausalLM.from_pretrained(policy.folder(smoke, run), dtype=torch.float32).state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(policy.folder(smoke, run), dtype=torch.float32).state_dict()
     for name, value in policy.load(smoke)[0].state_dict().items():
-        torch.testing.assert_close(value, served[name], msg=name)
+        torch.testing.assert_close(value, merged[name], msg=name)
     assert load_tokenizer(policy.folder(smoke, run)).eos_token == tokenizer.eos_token
     assert Policy(TINY).folder(smoke, run) == models.resolve(TINY)
 

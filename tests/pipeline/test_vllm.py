@@ -15,9 +15,10 @@ from lwzlib.base.models import load_tokenizer
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import read_rows, write_rows
 from lwzlib.cli import main
+from lwzlib.data.tokenise import tokenise
 from lwzlib.evaluate import arena, longbench, writingbench
 from lwzlib.method.distil import distil
-from lwzlib.pipeline import ranks, vllm_servers
+from lwzlib.pipeline import ranks, served, vllm_servers
 from lwzlib.pipeline.stages import stage_run
 
 pytestmark = vllm_cpu.needed
@@ -108,7 +109,7 @@ def test_a_stage_is_written_by_servers_that_it_starts_and_stops(tmp_path, monkey
                               "launch=slurm", "distributed.nodes=2", "distributed.start_s=300", "vllm.mode=server",
                               "vllm.nodes=1"])
     run = stage_run("distil", r, tmp_path, 0)
-    distil(r, run, SMOLLM2)
+    distil(r, run, SMOLLM2, "", tokenise, served.write)
     rows = run.rows("completions")
     assert run.finished and len(rows) == 4 and len(run.rows("documents")) == 2
     assert rows[0]["id"] == rows[1]["id"] and rows[0]["completion"] != rows[1]["completion"], "two draws of a query"
