@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from filelock import FileLock
 from polling import until
 
 from lwzlib.base.kit import SMOLLM2, prepare
@@ -29,8 +30,14 @@ SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLI
 
 
 def make(folder: Path = FOLDER) -> Path:
-    """The Python of the environment, made if it is not there yet."""
+    """The Python of the environment, made if it is not there yet; another test's process that makes it is waited for."""
     python = folder / "bin" / "python"
+    with FileLock(folder.with_suffix(".lock")):
+        _make(folder, python)
+    return python
+
+
+def _make(folder: Path, python: Path) -> None:
     if not (folder / ".ready").exists():
         root = Path(__file__).resolve().parent.parent
         torch = re.search(r"^torch==\S+", (root / "constraints.txt").read_text(), re.MULTILINE)[0]
@@ -41,7 +48,6 @@ def make(folder: Path = FOLDER) -> Path:
         needs = subprocess.run([python, "-c", _NEEDS], check=True, capture_output=True, text=True).stdout.split("\n")
         subprocess.run([*pip, *filter(None, needs)], check=True)
         (folder / ".ready").touch()
-    return python
 
 
 @contextlib.contextmanager
