@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 from polling import until
 
+from lwzlib.base.fast_cpu import computed_in
 from lwzlib.base.kit import SMOLLM2, prepare
 
 VERSION = "0.31.0"
@@ -59,7 +60,7 @@ def serving(python: Path, model: str = SMOLLM2, name: str = "smollm2", start_s: 
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [python, "-m", "vllm.entrypoints.openai.api_server", "--model", prepare(model), "--served-model-name", name,
-             "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048"],
+             "--host", "127.0.0.1", "--port", str(port), "--dtype", computed_in("bfloat16"), "--max-model-len", "2048"],
             env=os.environ | SETTINGS, stdout=log, stderr=log)
         try:
             until(lambda: healthy(port) or process.poll() is not None, "vLLM", start_s)

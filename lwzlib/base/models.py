@@ -43,14 +43,14 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
 def load_model(name: str, dtype: str, attention: str, trust_remote_code: bool = False, scorer: bool = False,
                spread: bool = False):
-    """(model in eval mode, tokenizer that pads on the left). A `scorer` gives one number per text, by a new head where the
-    model has none, drawn from torch's generator. A model to `spread` lies on all GPUs of a process that has them to itself:
-    it may be larger than each. Raises ModelError."""
+    """(model in eval mode, `computed_in(dtype)`; tokenizer that pads on the left). A `scorer` gives one number per text, by a
+    new head where the model has none, drawn from torch's generator. A model to `spread` lies on all GPUs of a process that
+    has them to itself: it may be larger than each. Raises ModelError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    from lwzlib.base.fast_cpu import speed_up
+    from lwzlib.base.fast_cpu import computed_in, speed_up
 
     tokenizer = load_tokenizer(name, trust_remote_code)
     if spread := spread and torch.cuda.device_count() > 1 and "RANK" not in os.environ:
@@ -59,7 +59,7 @@ def load_model(name: str, dtype: str, attention: str, trust_remote_code: bool = 
     if scorer:
         logging.set_verbosity_error()  # else a report that the head is new
     with _loading(f"model {name}"):
-        model = kind.from_pretrained(resolve(name), dtype=getattr(torch, dtype), attn_implementation=attention,
+        model = kind.from_pretrained(resolve(name), dtype=getattr(torch, computed_in(dtype)), attn_implementation=attention,
                                      trust_remote_code=trust_remote_code, device_map="auto" if spread else None, **head)
     model.config.pad_token_id = tokenizer.pad_token_id
     if not spread:
@@ -89,9 +89,11 @@ def _load_encoder(name: str):
     import torch
     from sentence_transformers import SentenceTransformer
 
+    from lwzlib.base.fast_cpu import computed_in
+
     with _loading(f"sentence encoder {name}"), torch.random.fork_rng(), unsharded():  # loaded in the midst of training
-        # bfloat16: three times as fast on CPU, cosines equal to three digits
-        return SentenceTransformer(resolve(name), model_kwargs={"dtype": torch.bfloat16})
+        # bfloat16: three times as fast on a CPU that has it, cosines equal to three digits
+        return SentenceTransformer(resolve(name), model_kwargs={"dtype": getattr(torch, computed_in("bfloat16"))})
 
 
 def embed(texts: list[str], name: str, batch: int = 64):

@@ -41,7 +41,7 @@ def _git(*words: str) -> str | None:
 
 
 def hardware() -> str:
-    """Processor, cores and GPUs, in words."""
+    """Processor, cores and GPUs, in words; and the format that models are computed in, where the machine has no bfloat16."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         if match := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
@@ -51,4 +51,9 @@ def hardware() -> str:
 
         if torch.cuda.is_available():
             return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {name}"
+
+        from lwzlib.base.fast_cpu import computed_in
+
+        if computed_in("bfloat16") == "float32":
+            name += " without bfloat16: computed in float32"
     return f"{name}, {os.cpu_count()} cores, no GPU"

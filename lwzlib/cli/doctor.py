@@ -21,6 +21,7 @@ _NEEDED = {  # by the nano recipe: {part: (what it disables, how to mend)}
 }
 _USEFUL = {
     LONGBENCH: ("LongBench-Write", "lwz prepare"),
+    "bfloat16": ("speed: models compute in float32 instead, with other last digits", "a GPU, or a CPU with AVX-512 or AMX"),
     "CUDA GPU": ("recipes gpu and paper", "run on a machine with an NVIDIA GPU and its driver"),
     "vllm": ("fast generation in recipes gpu and paper", f"{_GPU_EXTRA} (Linux, GPU)"),
     "deepspeed": ("sharded training of large models", f"{_GPU_EXTRA} (Linux)"),
@@ -51,9 +52,13 @@ def _place(part: str) -> str:
     if part in _PROGRAMS:
         return shutil.which(_PROGRAMS[part]) or ""
     try:
-        if part != "CUDA GPU":
+        if part not in ("CUDA GPU", "bfloat16"):
             return importlib.metadata.version(part)
         import torch
+
+        from lwzlib.base.fast_cpu import computed_in
     except ImportError:  # also of importlib.metadata: no such package
         return ""
+    if part == "bfloat16":
+        return "yes" if computed_in("bfloat16") == "bfloat16" else ""
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""

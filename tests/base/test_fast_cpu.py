@@ -7,14 +7,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 
-from lwzlib.base import fast_cpu
-from lwzlib.base.kit import SMOLLM2, TINY
+from lwzlib.base import fast_cpu, models
+from lwzlib.base.kit import MINILM, SMOLLM2, TINY
 from lwzlib.base.models import load_model
+from lwzlib.base.provenance import hardware
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 DRAWN = {"do_sample": True, "top_k": 0, "max_new_tokens": 12}
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-can_pack = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 product")
+can_pack = pytest.mark.skipif(not fast_cpu._has_bfloat16(), reason="this CPU has no bfloat16 product")
 
 
 def loaded(dtype="bfloat16", name=TINY):
@@ -23,6 +24,16 @@ def loaded(dtype="bfloat16", name=TINY):
 
 def tokenised(tokenizer, *texts):
     return tokenizer(list(texts or ("rain on the roof", "a")), return_tensors="pt", padding=True)
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_a_cpu_without_a_bfloat16_product_computes_in_float32_and_says_so(has, expected, monkeypatch):
+    monkeypatch.setattr(fast_cpu, "_has_bfloat16", lambda: has)
+    models._load_encoder.cache_clear()
+    assert str(loaded()[0].dtype) == str(models._load_encoder(MINILM).dtype) == f"torch.{expected}"
+    assert str(loaded("float32")[0].dtype) == "torch.float32"
+    assert ("computed in float32" in hardware()) is not has
+    models._load_encoder.cache_clear()
 
 
 @can_pack
@@ -97,7 +108,7 @@ def test_weights_that_change_between_generations_are_seen():
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.data.normal_()  # as merging an adapter does, unseen by autograd
     after = model.generate(**texts, **GREEDY)
-    fresh = type(model)(model.config).bfloat16()
+    fresh = type(model)(model.config).to(model.dtype)
     fresh.load_state_dict(model.state_dict())
     assert not torch.equal(before, after) and torch.equal(after, fresh.eval().generate(**texts, **GREEDY))
 

@@ -238,7 +238,7 @@ def test_vllm_ended_killed_and_restarted_while_the_client_waits(vllm, capfd):
     waiting.start()
     until(vllm.works, "the request in vLLM", 60)
     vllm.process.send_signal(signal.SIGTERM)
-    vllm.process.wait(60)
+    vllm.process.wait(300)
     with pytest.raises(ScoringError, match=r"no scores after 1\.\d s; last cause: ConnectError"):
         ask(vllm.url, INFO["identity"], texts, 1)
     vllm.start()

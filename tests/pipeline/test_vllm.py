@@ -10,6 +10,7 @@ import pytest
 import vllm_cpu
 from typer.testing import CliRunner
 
+from lwzlib.base.fast_cpu import computed_in
 from lwzlib.base.kit import SMOLLM2
 from lwzlib.base.models import load_tokenizer
 from lwzlib.base.recipe import load_recipe
@@ -104,7 +105,7 @@ def test_a_stage_is_written_by_servers_that_it_starts_and_stops(tmp_path, monkey
     here = ranks.world(load_recipe("smoke", "launch=torchrun"))
     at = dataclasses.replace(here, processes=1, servers=here.hosts)
     monkeypatch.setattr(vllm_servers, "everywhere", lambda _: at)
-    r = load_recipe("smoke", [f"model.name={SMOLLM2}", "model.dtype=bfloat16", "reward.weights.writing=0.0",
+    r = load_recipe("smoke", [f"model.name={SMOLLM2}", f"model.dtype={computed_in('bfloat16')}", "reward.weights.writing=0.0",
                               "cold_start.queries=0", "cot.exact_only=false", "grpo.sampling.max_new_tokens=60",
                               "launch=slurm", "distributed.nodes=2", "distributed.start_s=300", "vllm.mode=server",
                               "vllm.nodes=1"])
