@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
@@ -31,6 +32,11 @@ def read_rows(path: Path) -> list[dict]:
     ValueError."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def read_yaml(path: Path) -> Any:
+    """Content of a YAML file of the kit: a table of texts, the ledger, or the recipe of a stage."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _jsonl(rows: Iterable[dict]) -> str:

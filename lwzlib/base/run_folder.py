@@ -20,7 +20,7 @@ import yaml
 from lwzlib.base.processes import main_process
 from lwzlib.base.provenance import provenance
 from lwzlib.base.recipe import Recipe, flatten
-from lwzlib.base.rows import RunError, append_rows, locked, read_rows, write_atomic, write_rows
+from lwzlib.base.rows import RunError, append_rows, locked, read_rows, read_yaml, write_atomic, write_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Run:
         """Raise RunError if the folder was written by another recipe, seed or input."""
         if not (status := self.status) or status["fingerprint"] == self.fingerprint:
             return
-        theirs, ours = flatten(yaml.safe_load((self.folder / "recipe.yaml").read_text())), flatten(self._content())
+        theirs, ours = flatten(read_yaml(self.folder / "recipe.yaml")), flatten(self._content())
         changed = [f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}"
                    for name in theirs | ours if theirs.get(name) != ours.get(name)]
         raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(changed[:5])}). "

@@ -11,12 +11,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from lwzlib.base import models
 from lwzlib.base.parallel import accumulation
 from lwzlib.base.paths import TEXTS
 from lwzlib.base.recipe import Recipe, RecipeError
+from lwzlib.base.rows import read_yaml
 
 GIB = 2**30
 TRAINS, WRITES = "a GPU that trains", "a GPU that writes"
@@ -100,7 +99,7 @@ class Shape:
         return passes * tokens * (2 * matrices + 2 * self.layers * self.hidden * context)
 
 
-_DATA = yaml.safe_load((TEXTS / "hardware.yaml").read_text(encoding="utf-8"))
+_DATA = read_yaml(TEXTS / "hardware.yaml")
 CONSTANTS = {name: Constant(**fields) for name, fields in _DATA["constants"].items()}
 GPUS = {name: Gpu(**fields) for name, fields in _DATA["gpus"].items()}
 SHAPES = {name: Shape(*numbers) for name, numbers in _DATA["shapes"].items()}

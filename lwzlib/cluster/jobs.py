@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
-from lwzlib.base.rows import read_rows, write_atomic
+from lwzlib.base.rows import read_rows, read_yaml, write_atomic
 from lwzlib.cluster.profile import ClusterError, run_command
 
 FINAL = ("finished", "failed", "timed out", "node lost")  # what a job may report of its own end
@@ -220,7 +218,7 @@ def tokens_per_s(stage: Path, last: int = 10) -> float | None:
     """Tokens per second in the last steps of a stage: of completions (GRPO), or of what it trains on. None where a row does
     not tell."""
     rows = [row for row in read_rows(stage / "metrics.jsonl")[-last:] if row.get("step_s")]
-    grpo = yaml.safe_load((stage / "recipe.yaml").read_text()).get("grpo", {}) if rows else {}
+    grpo = read_yaml(stage / "recipe.yaml").get("grpo", {}) if rows else {}
     completions, tokens = grpo.get("group_size", 0) * grpo.get("queries_per_step", 0), 0.0
     for row in rows:
         if "completion_tokens" not in row and row.get("tokens") is None:

@@ -8,17 +8,16 @@ predicted range is held to the rules by `word_ranges.enforce`, and a length that
 import hashlib
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel
 
 from lwzlib.base.paths import TEXTS
-from lwzlib.base.rows import DataError, rows_of, validated, write_rows
+from lwzlib.base.rows import DataError, read_yaml, rows_of, validated, write_rows
 from lwzlib.data.word_ranges import Range, enforce
 from lwzlib.endpoints import llm
 from lwzlib.method.queries import Query
 from lwzlib.method.text import fold
 
-_PROMPTS = yaml.safe_load((TEXTS / "curation_prompts.yaml").read_text(encoding="utf-8"))
+_PROMPTS = read_yaml(TEXTS / "curation_prompts.yaml")
 FILTER, RANGE = _PROMPTS["filter"], _PROMPTS["range"]  # {`en` or `zh`: prompt with {query}}
 
 

@@ -13,9 +13,8 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import yaml
-
 from lwzlib.base.paths import TEXTS
+from lwzlib.base.rows import read_yaml
 from lwzlib.method.text import count_words, has_han, language_of, split_sentences
 
 _STOPS = ".!?。！？；;\n"
@@ -26,7 +25,7 @@ OTHER_LANGUAGE = {"en": "zh", "zh": "en"}
 @functools.cache
 def wordings(language: str) -> dict[str, list]:
     """Synonyms, filler, keywords, reframes and templates of `en` or `zh`."""
-    return yaml.safe_load((TEXTS / "wordings.yaml").read_text(encoding="utf-8"))[language]
+    return read_yaml(TEXTS / "wordings.yaml")[language]
 
 
 def join(sentences: Iterable[str]) -> str:

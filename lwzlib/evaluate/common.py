@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, Field
 
 from lwzlib.base.paths import TEXTS
-from lwzlib.base.rows import DataError, rows_of, validated, write_rows
+from lwzlib.base.rows import DataError, read_yaml, rows_of, validated, write_rows
 from lwzlib.endpoints import llm
 from lwzlib.method.text import parse
 
@@ -31,7 +30,7 @@ Judgment = TypeVar("Judgment", bound=BaseModel)
 
 def judge_prompts(evaluation: str) -> dict[str, str]:
     """{`en` or `zh`: prompt with {fields}} of `arena`, `longbench` or `writingbench`, worded by this kit."""
-    return yaml.safe_load((TEXTS / "judge_prompts.yaml").read_text(encoding="utf-8"))[evaluation]
+    return read_yaml(TEXTS / "judge_prompts.yaml")[evaluation]
 
 
 def filled(template: str, **fields: str) -> str:

@@ -18,11 +18,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lwzlib.base.paths import FIGURES
-from lwzlib.base.rows import DataError, validated
+from lwzlib.base.rows import DataError, read_yaml, validated
 from lwzlib.evaluate.intervals import t_interval
 from lwzlib.exhibits.results import Tables
 from lwzlib.exhibits.run_tables import quarter
@@ -113,7 +112,7 @@ class Entry:
 
 def load_claims(path: Path = FIGURES / "claims.yaml") -> list[Claim]:
     """Entries of `figures/claims.yaml`. Raises DataError, which names the claim and the field, for one of another form."""
-    rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    rows = read_yaml(Path(path))
     claims = [validated(f"{path}, claim {row.get('id', i)}", row, Claim) for i, row in enumerate(rows)]
     if len({claim.id for claim in claims}) < len(claims):
         raise DataError(f"{path}: two claims have the same id")

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import jinja2
 import pandas as pd
-import yaml
 from matplotlib.figure import Figure
 
 from lwzlib.base.recipe import flatten, load_recipe
-from lwzlib.base.rows import RunError, read_rows, write_atomic
+from lwzlib.base.rows import RunError, read_rows, read_yaml, write_atomic
 from lwzlib.base.run_folder import status_of
 from lwzlib.exhibits import catalogue, claims, figures
 from lwzlib.exhibits.results import Tables
@@ -178,7 +177,7 @@ def _quantities(stages: list[Path]) -> dict[str, list]:
     """{quantity: its values} of the recipes of stages: more than one value where an arm has its own."""
     quantities: dict[str, list] = {}
     for path in stages:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path)
         content.pop("inputs")
         for name, value in flatten(content).items():
             values = quantities.setdefault(name, [])

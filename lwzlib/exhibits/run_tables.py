@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from lwzlib.base.provenance import commit_of
 from lwzlib.base.recipe import load_recipe
-from lwzlib.base.rows import DataError, read_rows
+from lwzlib.base.rows import DataError, read_rows, read_yaml
 from lwzlib.base.run_folder import status_of
 from lwzlib.evaluate.intervals import bootstrap_mean
 
@@ -22,7 +21,7 @@ _TEXTS = ["type", "query", "word_range", "completion"]  # columns of a held-out 
 def made_by(stage: Path) -> dict:
     """Provenance of an arm's stage: model, arm, seed, fingerprint, commit, hardware, versions."""
     provenance, status = (json.loads((stage / f"{name}.json").read_text()) for name in ("provenance", "status"))
-    recipe = yaml.safe_load((stage / "recipe.yaml").read_text())
+    recipe = read_yaml(stage / "recipe.yaml")
     return {"model": recipe["model"]["name"], "arm": stage.parent.name, "seed": recipe["seed"],
             "fingerprint": status["fingerprint"], "commit": commit_of(provenance), "hardware": provenance["hardware"],
             "versions": " ".join(f"{name} {version}" for name, version in provenance["versions"].items())}
@@ -56,7 +55,7 @@ def _phase_rows(folder: Path, arm: str, phase: str) -> list[dict]:
     paths = sorted(stage.glob("samples*.jsonl"), key=lambda path: (len(path.stem), path.stem))
     if not paths:
         return []
-    recipe, rows = yaml.safe_load((stage / "recipe.yaml").read_text()), []
+    recipe, rows = read_yaml(stage / "recipe.yaml"), []
     algorithm, start = (recipe["inputs"].get(name, old) for name, old in (("algorithm", "grpo"), ("start", "base")))
     origin = made_by(stage) | {"judge": judge_of(folder, recipe, arm), "algorithm": algorithm, "start": start, "phase": phase}
     for path in paths:
@@ -114,7 +113,7 @@ def mixture_table(pack: str | Path) -> pd.DataFrame:
     shards = pd.DataFrame(read_rows(Path(pack) / "shards.jsonl"))
     if shards.empty:
         return pd.DataFrame(columns=["source", "tokens", "share", "asked", "epochs"])
-    recipe = yaml.safe_load((Path(pack) / "recipe.yaml").read_text())
+    recipe = read_yaml(Path(pack) / "recipe.yaml")
     cot_share = recipe["pretrain"]["cot_token_fraction"]
     weights = {f"{source['at']} ({source['language']})": source["weight"] for source in recipe["corpus"]["sources"]}
     wanted = {name: (1 - cot_share) * weight / sum(weights.values()) for name, weight in weights.items()} | {"cot": cot_share}

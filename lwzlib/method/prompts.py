@@ -10,10 +10,9 @@ a CPU pays for every token of it) and `prompt.worked_examples` (a model that nev
 
 from typing import Literal
 
-import yaml
-
 from lwzlib.base.paths import TEXTS
 from lwzlib.base.quantities import Prompt
+from lwzlib.base.rows import read_yaml
 from lwzlib.method.text import Style, language_of
 
 Framed = str | tuple[tuple[str, str], ...]  # a text to continue, or (role, text) of each message of a chat
@@ -41,7 +40,7 @@ _BRIEF = {
 }
 WORDINGS = {"full": _FULL, "brief": _BRIEF}
 _SPEAKERS = {"en": ("User: ", "Assistant:"), "zh": ("用户：", "助手：")}
-_EXAMPLES = yaml.safe_load((TEXTS / "worked_examples.yaml").read_text(encoding="utf-8"))
+_EXAMPLES = read_yaml(TEXTS / "worked_examples.yaml")
 WORKED_EXAMPLES = {language: list(map(tuple, examples)) for language, examples in _EXAMPLES.items()}  # (query, plan, answer)
 
 
