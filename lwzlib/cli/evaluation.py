@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 
 from lwzlib.base.recipe import parse_overrides
+from lwzlib.base.rows import DataError, read_rows, write_rows
 from lwzlib.cli.options import KeyEnv, Requests, endpoint, out, say
-from lwzlib.evaluate import TIE_MARGIN
+from lwzlib.evaluate import TIE_MARGIN, rating_sheet
 
 app = typer.Typer()
 Bench = Annotated[str, typer.Argument(help="writingbench or longbench.")]
@@ -83,7 +84,6 @@ def aggregate(bench: Bench, scores: Path, source: Source = "",
 
 def _protocol(bench: str, source: str):
     """(module, items) of a benchmark whose responses are scored one by one."""
-    from lwzlib.base.rows import DataError
     from lwzlib.evaluate import benches, longbench, writingbench
 
     modules = {"writingbench": writingbench, "longbench": longbench}
@@ -134,7 +134,6 @@ def elo(judgments: Annotated[list[Path], typer.Argument(help="JSONL files: of `l
 def rate(run_dir: RunDir, to: Path = Path("rate.html"), pairs_per_query: int = 1, seed: int = 0,
          before: Annotated[bool, typer.Option(help="Also what the arms wrote before training.")] = False):
     """Write a page on which a person rates the arms' held-out texts blind, two side by side; its key stands beside it."""
-    from lwzlib.evaluate import rating_sheet
     from lwzlib.evaluate.arena import samples_of_run
 
     samples = {name: rows for name, rows in samples_of_run(run_dir).items() if before or not name.endswith(" before")}
@@ -146,9 +145,6 @@ def rate(run_dir: RunDir, to: Path = Path("rate.html"), pairs_per_query: int = 1
 def unblind(export: Path, key: Path,
             to: Annotated[Path | None, typer.Option(help="The judgments; default: the export's name, with .jsonl.")] = None):
     """Turn what a rater exported into the arena's judgments, for `lwz elo`."""
-    from lwzlib.base.rows import DataError, read_rows, write_rows
-    from lwzlib.evaluate import rating_sheet
-
     rows, to = rating_sheet.unblind(export, key), to or export.with_suffix(".jsonl")
     if others := {row["judge"] for row in read_rows(to)} - {row["judge"] for row in rows}:
         raise DataError(f"{to} holds the judgments of {', '.join(sorted(others))}: give --to another file (`lwz elo` takes "

@@ -11,10 +11,16 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
+from lwzlib.base import kit
 from lwzlib.base.marks import published_marks
+from lwzlib.base.processes import end_rank, end_with_parent
 from lwzlib.base.recipe import flatten, load_recipe
+from lwzlib.base.rows import rows_of
 from lwzlib.cli import doctor, evaluation, exhibits, jobs, rewards
 from lwzlib.cli.options import KeyEnv, Overrides, Requests, RunDir, Seed, endpoint, out, recipe_and_folder, resumable, say
+from lwzlib.data.word_ranges import agreement
+from lwzlib.pipeline import notebooks
+from lwzlib.pipeline.stages import run_stage
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="The LongWriter-Zero reproduction kit.")
@@ -25,11 +31,9 @@ for commands in (evaluation, exhibits, jobs, rewards, doctor):
 @app.command()
 def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
     """Execute the notebooks of a recipe in order, into its run folder; running it again continues."""
-    from lwzlib.pipeline.notebooks import run_notebooks
-
     loaded, folder = recipe_and_folder(recipe, sets, seed, run_dir)
     with resumable():
-        run_notebooks(loaded, folder, seed, recipe, sets or [])
+        notebooks.run_notebooks(loaded, folder, seed, recipe, sets or [])
 
 
 @app.command()
@@ -37,9 +41,6 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
           arm: Annotated[str, typer.Option(help="For the stages of an arm.")] = ""):
     """Do one stage here (or several: a,b), after those it needs: cold-start, writing-rm, corpus, distil, pack, pretrain; of an
     arm: samples-before, grpo or sft, samples-during, samples-after."""
-    from lwzlib.base.processes import end_rank, end_with_parent
-    from lwzlib.pipeline.stages import run_stage
-
     end_with_parent()
     loaded, folder = recipe_and_folder(recipe, sets, seed, run_dir)
     try:
@@ -56,19 +57,15 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
 def status(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
     """The arms and stages of a run: what is done, running, to do, and how long each took. RECIPE may be a run folder, of which
     it shows what was started."""
-    from lwzlib.pipeline.notebooks import overview, show_stages, stages_found
-
     if Path(recipe).is_dir():
-        return show_stages(Path(recipe), stages_found(recipe))
+        return notebooks.show_stages(Path(recipe), notebooks.stages_found(recipe))
     loaded, folder = recipe_and_folder(recipe, sets, seed, run_dir)
-    show_stages(folder, overview(loaded, folder, seed))
+    notebooks.show_stages(folder, notebooks.overview(loaded, folder, seed))
 
 
 @app.command()
 def corpus(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
     """Read, clean, filter and tokenise the recipe's corpus; the same command goes on where it stopped."""
-    from lwzlib.pipeline.stages import run_stage
-
     loaded, run_folder = recipe_and_folder(recipe, sets, seed, run_dir)
     with resumable():
         folder = run_stage("corpus", loaded, run_folder, seed)
@@ -114,11 +111,9 @@ def estimate(recipe: str, sets: Overrides = None,
 @app.command()
 def prepare(tiny: Annotated[bool, typer.Option(help="Only the random model for tests.")] = False):
     """Make the embedded models and books once, in the cache: download, check, convert."""
-    from lwzlib.base.kit import PARTS, TINY, is_prepared, prepare
-
-    for name in (TINY,) if tiny else PARTS:
-        ready = is_prepared(name)
-        folder = prepare(name, lambda line: out.print(f"  {line}", highlight=False))
+    for name in (kit.TINY,) if tiny else kit.PARTS:
+        ready = kit.is_prepared(name)
+        folder = kit.prepare(name, lambda line: out.print(f"  {line}", highlight=False))
         say(f"{name}: {'already in' if ready else 'made in'} {folder}")
 
 
@@ -131,9 +126,7 @@ def curate(source: Annotated[str, typer.Argument(help="kit:<name>, a .jsonl file
            budget_requests: Annotated[int, typer.Option(help="Stop after so many; 0 = no limit.")] = 0,
            budget_tokens: Annotated[int, typer.Option(help="Stop after so many, read and written; 0 = no limit.")] = 0):
     """Keep the queries that need long writing, with the word range each needs; the same command goes on where it stopped."""
-    from lwzlib.base.rows import rows_of
     from lwzlib.data import curate as curation
-    from lwzlib.data.word_ranges import agreement
 
     settings = endpoint(base_url, model, api_key_env, sets, budget_requests=budget_requests, budget_tokens=budget_tokens)
     with resumable():

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lwzlib.base.processes import INTERRUPTED
 from lwzlib.base.recipe import Recipe, load_recipe, parse_overrides
+from lwzlib.pipeline.stages import run_folder
 
 out = Console()
 say = functools.partial(out.print, highlight=False, soft_wrap=True)  # a line of text as it is
@@ -24,8 +25,6 @@ Requests = Annotated[list[str] | None, typer.Option(
 
 def recipe_and_folder(recipe: str, sets: list[str] | None, seed: int, run_dir: Path | None) -> tuple[Recipe, Path]:
     """The recipe with its changes, and its run folder."""
-    from lwzlib.pipeline.stages import run_folder
-
     loaded = load_recipe(recipe, sets)
     return loaded, run_dir or run_folder(loaded, seed)
 

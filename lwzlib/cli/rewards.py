@@ -10,6 +10,8 @@ from rich.table import Table
 
 from lwzlib.base.recipe import Recipe, load_recipe
 from lwzlib.cli.options import Overrides, out
+from lwzlib.endpoints.serve_rm import serve_command
+from lwzlib.method.text import count_words, parse
 
 app = typer.Typer()
 
@@ -28,7 +30,6 @@ def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: st
           style: Literal["think", "direct"] = "think", query: str = "", writing_rm: RmFolder = ""):
     """Rewards of a completion in a file, and the passages that repeat; the writing reward if a Writing RM is named."""
     from lwzlib.method.rewards import build_rewards
-    from lwzlib.method.text import count_words, parse
 
     loaded = _judged(recipe, writing_rm, sets)
     completion = text.read_text(encoding="utf-8", errors="replace")
@@ -76,7 +77,6 @@ def serve_rm(model: Annotated[Path, typer.Argument(help="Folder of a trained Wri
              sets: Overrides = None):
     """Serve a Writing RM by vLLM, for reward.writing.url. On 4 GPUs: -s vllm.tensor_parallel=4."""
     from lwzlib.base.rm_client import token
-    from lwzlib.endpoints.serve_rm import serve_command
 
     command = serve_command(model, load_recipe(recipe, sets), host, port, dtype, options or [])
     if not token() and host not in ("127.0.0.1", "::1", "localhost"):
