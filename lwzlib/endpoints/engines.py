@@ -21,8 +21,9 @@ from lwzlib.base import models
 from lwzlib.base.kit import ModelError
 from lwzlib.base.models import load_model, load_tokenizer
 from lwzlib.base.quantities import Decoding
-from lwzlib.base.rows import RunError, append_rows, locked, read_rows, write_rows
+from lwzlib.base.rows import RunError, append_rows
 from lwzlib.endpoints import llm
+from lwzlib.endpoints.llm import Written
 from lwzlib.method.prompts import Framed, as_text
 from lwzlib.method.sampling import completions
 
@@ -37,20 +38,11 @@ class QueryPrompt(NamedTuple):
     prompt: Framed  # of `prompts.framed`
 
 
-class Output(NamedTuple):
-    """A completion as an engine yields it."""
-
-    text: str
-    finish: str | None  # stop, length, ...
-    tokens: int  # written; 0 where a server does not say
-    error: str = ""  # why there is no text
-
-
 class Engine(NamedTuple):
     """`write`(prompts, decoding, seed, first) yields (index, Output) in order, from index `first` or somewhat before it."""
 
     identity: dict  # what, beside prompt, decoding and seed, a completion depends on
-    write: Callable[[list[Framed], Decoding, int, int], Iterator[tuple[int, Output]]]
+    write: Callable[[list[Framed], Decoding, int, int], Iterator[tuple[int, Written]]]
     title: str = ""  # of a line of progress; none for an engine that tells its own
 
 
@@ -65,16 +57,13 @@ def generate(engine: Engine, prompts: list[QueryPrompt], decoding: Decoding, out
     if len({prompt.id for prompt in prompts}) < len(prompts):
         raise RunError(f"{out}: ids must be unique; give each prompt its own")
     keys = [_key(engine.identity, prompt.prompt, decoding, seed) for prompt in prompts]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(out.with_name(f".{out.name}.lock")):
-        rows = read_rows(out)
+    with llm.kept_rows(out) as rows:
         for number, (row, prompt, key) in enumerate(zip(rows, prompts, keys, strict=False), 1):
             if (row["id"], row["key"]) != (prompt.id, key):
                 raise RunError(f"{out}, row {number}: {row['id']} was written by another engine, decoding, seed or prompt than "
                                f"{prompt.id} asks for now. Choose another file, or remove that one")
         if len(rows) >= len(prompts):
             return rows[: len(prompts)]
-        write_rows(out, rows)  # without a line that a kill cut short
         outputs = engine.write([prompt.prompt for prompt in prompts], decoding, seed, len(rows))
         for i, output in _paced(outputs, engine.title, len(prompts)):
             if i >= len(rows):
@@ -90,7 +79,7 @@ def transformers(name: str, dtype: str, attention: str, batch: int, trust_remote
         texts = [as_text(prompt, tokenizer) for prompt in prompts]
         written = completions(model, tokenizer, texts, decoding, batch, seed, decoding.stop, first)
         for i, text, truncated, tokens in written:
-            yield i, Output(text, "length" if truncated else "stop", tokens)
+            yield i, Written(text, "length" if truncated else "stop", tokens)
 
     identity = {"engine": "transformers", "model": name, "dtype": dtype, "attention": attention, "batch": batch}
     return Engine(identity, write, name)
@@ -114,7 +103,7 @@ def vllm(name: str, batch: int = 256, trust_remote_code: bool = False, **config)
             params = [SamplingParams(**sampling, seed=seed + i) for i in range(start, start + len(texts))]
             for i, result in enumerate(model.generate(ids, params), start):  # in the order of the prompts
                 completion = result.outputs[0]
-                yield i, Output(completion.text, completion.finish_reason, len(completion.token_ids))
+                yield i, Written(completion.text, completion.finish_reason, len(completion.token_ids))
 
     return Engine({"engine": "vllm", "model": name} | config, write, name)
 
@@ -136,9 +125,9 @@ def server(settings: llm.Settings, replies: Path) -> Engine:
             raise ValueError("texts and messages cannot be asked in one call")
         sampling = _request_fields(settings.sampling, decoding, seed)
         own = settings.model_copy(update={"endpoint": kinds.pop(), "sampling": sampling})
-        requests = [llm.Request(prompt, llm.Written) for prompt in prompts[first:]]
+        requests = [llm.Request(prompt, Written) for prompt in prompts[first:]]
         for i, reply in enumerate(_finished(llm.ask(requests, own, replies, _Pace(), settings.model)), first):
-            yield i, Output("", None, 0, str(reply)) if isinstance(reply, llm.NoAnswer) else Output(*reply)
+            yield i, Written("", None, 0, str(reply)) if isinstance(reply, llm.NoAnswer) else reply
 
     return Engine({"engine": "server", "model": settings.model, "sampling": settings.sampling}, write)
 
@@ -165,19 +154,19 @@ def _finished(coroutine):
         return pool.submit(asyncio.run, coroutine).result()
 
 
-def _paced(outputs: Iterator[tuple[int, Output]], title: str, total: int, every_s: float = 10) -> Iterator[tuple[int, Output]]:
-    """Pass on the outputs; with a title, print a line of progress every `every_s` seconds and at the end."""
+def _paced(outputs: Iterator[tuple[int, Written]], title: str, total: int) -> Iterator[tuple[int, Written]]:
+    """Pass on the outputs; with a title, print a line of progress every 10 seconds and at the end."""
     began = printed_at = time.monotonic()
     tokens = 0
     for i, output in outputs:
         yield i, output
         tokens, now = tokens + output.tokens, time.monotonic()
-        if title and (now - printed_at >= every_s or i + 1 == total):
+        if title and (now - printed_at >= 10 or i + 1 == total):
             printed_at, pace = now, tokens / (now - began)
             print(f"{title}: {i + 1:,}/{total:,} completions, {tokens:,} tokens, {pace:,.0f} tokens/s", flush=True)
 
 
-def _row(prompt: QueryPrompt, output: Output, stop: list[str], key: str) -> dict:
+def _row(prompt: QueryPrompt, output: Written, stop: list[str], key: str) -> dict:
     ends = [at + len(string) for string in stop if (at := output.text.find(string)) >= 0]
     return {"id": prompt.id, "query": prompt.query, "completion": output.text[: min(ends)] if ends else output.text,
             "truncated": output.finish in _CUT and not ends, "tokens": output.tokens, "error": output.error, "key": key}

@@ -15,6 +15,7 @@ import os
 import re
 import time
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -59,11 +60,12 @@ class Settings(Section):
 
 
 class Written(NamedTuple):
-    """A reply as it came, reasoning included; what a request gets whose `answer` is `Written`."""
+    """A completion as a server or an engine gave it, reasoning included; what a request gets whose `answer` is `Written`."""
 
     text: str
     finish: str | None  # stop, length, ...: as the endpoint says
     tokens: int  # of the reply alone; 0 where the endpoint does not say
+    error: str = ""  # why there is no text
 
 
 Answer = TypeVar("Answer", bound=BaseModel | Written)
@@ -126,15 +128,13 @@ def configure(**values) -> Settings:
 
 async def ask(requests: list[Request[Answer]], settings: Settings, cache: Path, spent: Spent | None = None,
               title: str = "asked") -> list[Answer | NoAnswer]:
-    """Answers to the requests, in order; a request that stands there twice is sent once. Prints progress.
-
-    Raises LLMError when the budget is spent, or the endpoint cannot be used or refuses every question, and RunError when
-    the cache cannot be written or another process has it; replies in flight are waited for and kept first.
-    """
+    """Answers to the requests, in order; a request that stands there twice is sent once. Prints progress. Raises LLMError when
+    the budget is spent, or the endpoint cannot be used or refuses every question, and RunError when the cache cannot be
+    written or another process has it; replies in flight are waited for and kept first."""
     questions, spent, answers, errors = dict.fromkeys(requests), spent or Spent(), {}, []
     left = iter(questions)  # shared: each worker takes the next question
 
-    async def work(endpoint, replies):
+    async def work():
         for request in left:
             try:
                 answers[request] = await _answer(request, endpoint, replies, cache)
@@ -144,27 +144,27 @@ async def ask(requests: list[Request[Answer]], settings: Settings, cache: Path, 
                 return
             spent.say(f"{title} {len(answers):,}/{len(questions):,}")
 
-    with _opened(cache) as replies:
-        endpoint = _Endpoint(settings, spent)
+    with kept_rows(cache) as rows:
+        endpoint, replies = _Endpoint(settings, spent), {row["key"]: row for row in rows}
         async with endpoint.client:
-            await asyncio.gather(*(work(endpoint, replies) for _ in range(settings.concurrency)))
+            await asyncio.gather(*(work() for _ in range(settings.concurrency)))
     spent.say(f"{title} {len(answers):,}/{len(questions):,}", every_s=0)
     if errors:
         raise errors[0]
-    refused = [isinstance(answer, NoAnswer) and answer.startswith("HTTP") for answer in answers.values()]
-    if refused and all(refused):
+    if answers and all(isinstance(answer, NoAnswer) and answer.startswith("HTTP") for answer in answers.values()):
         raise LLMError(f"{settings.base_url} refused every question; the first: {answers[requests[0]]}")
     return [answers[request] for request in requests]
 
 
 @contextlib.contextmanager
-def _opened(cache: Path):
-    """Rows by key. A last line that a kill cut short is cut off, so that the next row starts a line of its own."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with locked(cache.with_name(f".{cache.name}.lock")):
-        if cache.exists() and not (content := cache.read_bytes()).endswith(b"\n"):
-            os.truncate(cache, content.rfind(b"\n") + 1)
-        yield {row["key"]: row for row in read_rows(cache)}
+def kept_rows(path: Path) -> Iterator[list[dict]]:
+    """Rows of a JSONL file to which this process alone adds, inside the block. A last line that a kill cut short is cut off, so
+    that the next row starts a line of its own. Raises RunError if another process has the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock")):
+        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+        yield read_rows(path)
 
 
 async def _answer(request: Request, endpoint: "_Endpoint", replies: dict, cache: Path) -> BaseModel | Written | NoAnswer:

@@ -142,7 +142,7 @@ def test_rows_are_written_one_by_one_and_never_again(tmp_path):
         for i in range(first, len(prompts)):
             assert len(read_rows(tmp_path / "out.jsonl")) == i
             written.append(i)
-            yield i, engines.Output("text", "stop", 1)
+            yield i, llm.Written("text", "stop", 1)
             if i == 2 and len(written) == 3:
                 raise KeyboardInterrupt
     written, engine = [], engines.Engine({"engine": "counting"}, write)
