@@ -23,8 +23,8 @@ OTHER_LANGUAGE = {"en": "zh", "zh": "en"}
 
 
 @functools.cache
-def wordings(language: str) -> dict[str, list]:
-    """Synonyms, filler, keywords, reframes and templates of `en` or `zh`."""
+def wordings(language: str) -> dict:
+    """Synonyms, filler, keywords, reframes, templates and {name: request} of `en` or `zh`."""
     return read_yaml(TEXTS / "wordings.yaml")[language]
 
 

@@ -70,7 +70,14 @@ def _finish_on_slurm(name: str, slurm: Slurm, logs: Path) -> None:
     """Submit a job array and wait for it. Killed meanwhile, the next call waits for the same jobs; Ctrl-C cancels them."""
     record = logs / "job_id"
     if not (record.exists() and _queued(record.read_text())):
-        _submit(name, slurm)
+        try:
+            slurm.run()
+        except FileNotFoundError:
+            raise RunError("corpus.slurm is set, and this machine has no sbatch: start from a login node, or set "
+                           "corpus.slurm=null") from None
+        except subprocess.CalledProcessError:
+            raise RunError(f"sbatch refused step {name}, for the reason above; its script is in "
+                           f"{slurm.logging_dir.resolve_paths('launch_script.slurm')}") from None
         write_atomic(record, str(slurm.job_id))
     job = record.read_text()
     print(f"{name}: Slurm job {job}, {slurm.tasks} tasks", flush=True)
@@ -79,17 +86,6 @@ def _finish_on_slurm(name: str, slurm: Slurm, logs: Path) -> None:
     except KeyboardInterrupt:
         subprocess.run(["scancel", job])
         raise
-
-
-def _submit(name: str, slurm: Slurm) -> None:
-    try:
-        slurm.run()
-    except FileNotFoundError:
-        raise RunError("corpus.slurm is set, and this machine has no sbatch: start from a login node, or set "
-                       "corpus.slurm=null") from None
-    except subprocess.CalledProcessError:
-        raise RunError(f"sbatch refused step {name}, for the reason above; its script is in "
-                       f"{slurm.logging_dir.resolve_paths('launch_script.slurm')}") from None
 
 
 def _wait(name: str, slurm: Slurm, job: str, logs: Path) -> None:

@@ -12,7 +12,7 @@ from lwzlib.base.quantities import Sampling
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import read_rows
 from lwzlib.base.run_folder import Run
-from lwzlib.data.damage import DAMAGES, plain
+from lwzlib.data.damage import DAMAGES, plain, wordings
 from lwzlib.data.sources import passages, read_documents
 from lwzlib.method import prompts
 from lwzlib.method.pairs import Pair, split_by_source
@@ -66,7 +66,6 @@ def _originals(recipe: Recipe, run: Run) -> list[Original]:
     return originals
 
 
-_CONTINUE = {"en": "Continue this text.\n\n{}", "zh": "请续写下文。\n\n{}"}
 _SHOWN_WORDS = 40  # of the passage that a human text continues
 
 
@@ -76,7 +75,7 @@ def human_originals(sources: Iterable[str], passage_words: int, most: int, seed:
     for source in sources:
         candidates = []
         for name, paragraphs in read_documents(source):
-            request = _CONTINUE[language_of(paragraphs[0])]
+            request = wordings(language_of(paragraphs[0]))["requests"]["continue"]
             for before, text in itertools.pairwise(passages(paragraphs, passage_words)):
                 shown = before[-2 * _SHOWN_WORDS :] if has_han(before) else " ".join(before.split()[-_SHOWN_WORDS:])
                 candidates.append(Original(name, request.format(shown), text, human=True))
@@ -126,7 +125,6 @@ def _human_model(original: Original, rng: random.Random, other: Original) -> Tex
 
 
 _WORD = {"en": r"\b[a-z]{6,}\b", "zh": r"[\u4e00-\u9fff]{2}"}
-_MENTION = {"en": "{} Mention the word {}.", "zh": "{}文中须提到“{}”。"}
 
 
 def _requirement(original: Original, rng: random.Random, other: Original) -> Texts:
@@ -139,17 +137,14 @@ def _requirement(original: Original, rng: random.Random, other: Original) -> Tex
     missing = [word for word in sorted(own) if word not in known]
     if not missing:
         return None
-    return _MENTION[language].format(original.prompt, rng.choice(missing)), original.text, original.alternative
+    request = wordings(language)["requests"]["mention"].format(original.prompt, rng.choice(missing))
+    return request, original.text, original.alternative
 
 
 KINDS: dict[str, Callable[[Original, random.Random, Original], Texts]] = {
     name: partial(_damaged, damage) for name, damage in DAMAGES.items()} | {
     "human_model": _human_model, "requirement": _requirement}
 
-_REQUEST = {
-    "en": "Write a passage of about {words} words in the manner of the {name}.",
-    "zh": "请仿照{name}的笔法，写一段约{words}字的文字。",
-}
 _PASSAGES_PER_DOCUMENT = 4
 
 
@@ -163,7 +158,8 @@ def made_answers(recipe: Recipe, seed: int, distilled: Path) -> list[dict]:
         candidates += [(name, passage) for passage in first]
     for name, passage in random.Random(seed).sample(candidates, min(recipe.sft.human_passages, len(candidates))):
         manner = name.removeprefix("kit:").replace("/", ", ").replace("-", " ")
-        request = _REQUEST[language_of(passage)].format(words=round(count_words(passage), -1), name=manner)
+        request = wordings(language_of(passage))["requests"]["imitate"]
+        request = request.format(words=round(count_words(passage), -1), name=manner)
         rows.append(_conversation(request, passage, name))
     return rows
 

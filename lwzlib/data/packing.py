@@ -29,27 +29,20 @@ Piece = tuple[int, np.ndarray]  # number of the source, token ids
 
 
 class Pieces:
-    """The documents of one source, cut at `longest` tokens, in a seeded order, again and again.
+    """The documents of one source, cut at `longest` tokens, in a seeded order, again and again; `total` and `drawn` count
+    tokens."""
 
-    `total` and `drawn` count tokens.
-    """
-
-    def __init__(self, files: list[Path], longest: int, bytes_per_token: int, seed: int):
+    def __init__(self, files: list[Path], longest: int, seed: int):
         self._tokens, places = [], []  # a place is (file, start, end)
         for path in files:
             ends = np.fromfile(f"{path}.index", dtype="<u8").astype(np.int64)
-            self._tokens.append(np.memmap(path, f"<u{bytes_per_token}", "r") if len(ends) else None)
+            self._tokens.append(np.memmap(path, f"<u{path.stat().st_size // ends[-1]}", "r") if len(ends) else None)
             for start, end in itertools.pairwise([0, *ends.tolist()]):
                 places += [(len(self._tokens) - 1, cut, min(cut + longest, end)) for cut in range(start, end, longest)]
         self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
         self._order = np.random.default_rng(seed)
         self._queue: list[int] = []
         self.total, self.drawn = int((self._places[:, 2] - self._places[:, 1]).sum()), 0
-
-    @property
-    def epochs(self) -> float:
-        """Number of times the source was gone through; 0 for one without tokens."""
-        return self.drawn / self.total if self.total else 0.0
 
     def draw(self, at_most: int | None = None) -> np.ndarray:
         """The next piece, cut to `at_most` tokens."""
@@ -102,11 +95,10 @@ def sha256(path: Path) -> str:
 def _shard(recipe: Recipe, run: Run, number: int, path: Path, corpus: Path, cot: Path | None) -> dict:
     """Write shard `number`, from every `shards`-th part of each source; returns its row without step and file."""
     settings, sources = recipe.pretrain, recipe.corpus.sources
-    bytes_per_token = tokenise.bytes_per_token(corpus)
 
     def pieces_of(folder: Path, source: int) -> Pieces:
         files = tokenise.token_files(folder, source, recipe.corpus.parts)[number :: settings.shards]
-        return Pieces(files, settings.sequence_tokens, bytes_per_token, run.seed + number)
+        return Pieces(files, settings.sequence_tokens, run.seed + number)
 
     pieces = [pieces_of(corpus, source) for source in range(len(sources))]
     for source, own in zip(sources, pieces, strict=True):
@@ -124,7 +116,7 @@ def _shard(recipe: Recipe, run: Run, number: int, path: Path, corpus: Path, cot:
     if chain:
         names, plans, pieces = [*names, COT], [*plans, sum(map(len, chain))], [*pieces, cot_pieces]
     return {"sha256": sha256(path), "sequences": sequences, "tokens": dict(zip(names, plans, strict=True)),
-            "epochs": {name: round(own.epochs, 4) for name, own in zip(names, pieces, strict=True)},
+            "epochs": {name: round(own.drawn / own.total, 4) for name, own in zip(names, pieces, strict=True)},
             "padding": round(1 - sum(plans) / (sequences * settings.sequence_tokens), 6)}
 
 

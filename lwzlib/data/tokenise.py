@@ -176,14 +176,6 @@ def token_files(folder: Path, source: int, parts: int) -> list[Path]:
     return [folder / "tokens" / f"{source * parts + part:05d}_unshuffled.ds" for part in range(parts)]
 
 
-def bytes_per_token(folder: Path) -> int:
-    """Size of a token in the token files: 2 for a vocabulary that fits into 16 bits, else 4, as datatrove writes them."""
-    from tokenizers import Tokenizer
-
-    size = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json")).get_vocab_size()
-    return 4 if size > 2**16 else 2
-
-
 def report(recipe: Recipe, folder: Path) -> list[dict]:
     """A row a source: documents read, left out by reason, held out, copies taken out, kept; tokens kept."""
     rows = []

@@ -200,7 +200,7 @@ def test_quotas_are_whole_and_add_up(weights, tokens):
 
 def test_the_furthest_behind_is_drawn_next(made):
     _, corpus, _ = made
-    sources = [packing.Pieces(tokenise.token_files(corpus, s, 2), 200, 2, 0) for s in range(2)]
+    sources = [packing.Pieces(tokenise.token_files(corpus, s, 2), 200, 0) for s in range(2)]
     drawn = [0, 0]
     for number, piece in packing.interleave(sources, [30_000, 10_000], []):
         drawn[number] += len(piece)

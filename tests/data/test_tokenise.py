@@ -48,7 +48,7 @@ def kept(r, folder, parts=None):
     for source in range(len(r.corpus.sources)):
         for path in tokenise.token_files(folder, source, parts or r.corpus.parts):
             ends = np.fromfile(f"{path}.index", "<u8").astype(int)
-            tokens = np.fromfile(path, f"<u{tokenise.bytes_per_token(folder)}")
+            tokens = np.fromfile(path, f"<u{path.stat().st_size // ends[-1]}") if len(ends) else []
             texts += [tokenizer.decode(tokens[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
     return texts
 
