@@ -71,12 +71,12 @@ def aggregate(bench: Bench, scores: Path, source: Source = "",
               requirements: Requirements = ""):
     """A score file's table, with 95% intervals over queries: the benchmark's scores and those of its parts."""
     from lwzlib.evaluate import common
-    from lwzlib.evaluate.writingbench import read_requirements
 
     module, items = _protocol(bench, source)
     item_scores = module.read_scores(scores, items)
     if bench == "writingbench":
-        table = module.score_table(items, item_scores, read_requirements(requirements, items) if requirements else None)
+        parts = module.read_requirements(requirements, items) if requirements else None
+        table = module.score_table(items, item_scores, parts)
     else:
         table = module.score_table(items, common.read_responses(responses, items) if responses else {}, item_scores)
     say(f"{bench}: {scores}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")

@@ -52,13 +52,12 @@ def hacks(recipe: str = "nano", sets: Overrides = None, writing_rm: RmFolder = "
           times: Annotated[float, typer.Option(help="Ask for so many times the words that the honest texts have.")] = 1):
     """Attacks on the rewards: honest against hacked, and the advantage that each would get inside an honest group."""
     from lwzlib.lab import hacks as suite
-    from lwzlib.lab.hacks import attack_table
     from lwzlib.method.rewards import build_rewards
 
     loaded = _judged(recipe, writing_rm, {"reward.length.max_words": round(400 * max(1, times))}, sets)  # the texts: up to 200
     built = build_rewards(loaded)
-    attacks = attack_table(built, [getattr(loaded.reward.weights, name) for name in built], loaded.grpo.advantage,
-                           among=suite.asking(times, loaded.data.languages))
+    attacks = suite.attack_table(built, [getattr(loaded.reward.weights, name) for name in built], loaded.grpo.advantage,
+                                 among=suite.asking(times, loaded.data.languages))
     names = [*built, "advantage"]
     table = Table("attack", "words", *names, "gain", "wins", title=f"recipe {recipe}: honest>hacked", box=None)
     for row in attacks.to_dict("records"):

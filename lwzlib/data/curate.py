@@ -32,12 +32,10 @@ class Guess(BaseModel):  # noqa: D101
 
 
 async def curate(settings: llm.Settings, source: str, out: Path) -> tuple[list[Query], list[dict]]:
-    """Queries kept, in the order of the source, and rejects {id, query, reason, detail}. When all are judged, the queries are
-    written to `out` and the rejects to `.rejects.jsonl` beside it. The replies in `.replies.jsonl` make it resumable.
-
-    `source`: as for `load_queries`, but only `query` is needed; of a `conversation`, as in WildChat-1M and LMSYS-Chat-1M, the
-    first turn is the query. Raises DataError, llm.LLMError and RunError.
-    """
+    """Queries kept, in the order of the source, and rejects {id, query, reason, detail}; at the end they are written to `out`
+    and to `.rejects.jsonl` beside it. The replies in `.replies.jsonl` make it resumable. `source`: as for `load_queries`, but
+    only `query` is needed; of a `conversation`, as in WildChat-1M and LMSYS-Chat-1M, the first turn is the query.
+    Raises DataError, llm.LLMError and RunError."""
     replies = out.with_suffix(".replies.jsonl")
     if out.exists() and not replies.exists():
         raise DataError(f"{out} is there and was not made by curate; remove it, or give another name")

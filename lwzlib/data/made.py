@@ -20,6 +20,11 @@ from lwzlib.method.queries import load_queries
 from lwzlib.method.sampling import completions
 from lwzlib.method.text import count_words, has_han, language_of, split_sentences, whole_sentences
 
+_SHOWN_WORDS = 40  # of the passage that a human text continues
+_PASSAGES_PER_DOCUMENT = 4  # that SFT learns from
+_WORD = {"en": r"\b[a-z]{6,}\b", "zh": r"[\u4e00-\u9fff]{2}"}
+Texts = tuple[str, str, str] | None  # prompt, chosen, rejected; None where an original gives no such pair
+
 
 @dataclass(frozen=True)
 class Original:
@@ -40,14 +45,12 @@ def made_pairs(recipe: Recipe, run: Run) -> dict[str, list[Pair]]:
             "heldout": build_pairs(heldout, settings.kinds, settings.heldout_pairs_per_kind, run.seed)}
 
 
-_SEED_OF_PAIRS = 1  # added to the run's seed, so that pairs are not drawn as the cold start draws
-
-
 def _originals(recipe: Recipe, run: Run) -> list[Original]:
     """Human passages, each with the model's own continuation, and two answers of the model to each of some queries."""
     from lwzlib.base.trainers import load_policy
 
-    settings, seed, batch = recipe.writing_rm, run.seed + _SEED_OF_PAIRS, recipe.samples.batch_completions
+    settings, batch = recipe.writing_rm, recipe.samples.batch_completions
+    seed = run.seed + 1  # else the pairs are drawn as the cold start draws
     model, tokenizer = load_policy(recipe, recipe.model.name, spread=True)
     human = human_originals(settings.corpora, settings.passage_words, settings.passages_per_corpus, seed)
     queries = load_queries(recipe.data.train, recipe.data.languages)[: settings.queries]
@@ -64,9 +67,6 @@ def _originals(recipe: Recipe, run: Run) -> list[Original]:
     for query, one, other in zip(queries, answers, answers, strict=True):
         originals += [Original(query.id, query.query, one, False, other), Original(query.id, query.query, other, False, one)]
     return originals
-
-
-_SHOWN_WORDS = 40  # of the passage that a human text continues
 
 
 def human_originals(sources: Iterable[str], passage_words: int, most: int, seed: int) -> list[Original]:
@@ -110,9 +110,6 @@ def _in_turn(originals: list[Original], rng: random.Random) -> list[Original]:
     return [original for turn in turns for original in turn if original]
 
 
-Texts = tuple[str, str, str] | None  # prompt, chosen, rejected; None where the original gives no such pair
-
-
 def _damaged(damage: Callable, original: Original, rng: random.Random, other: Original) -> Texts:
     if any(len(set(split_sentences(text))) < 3 for text in (original.text, other.text)):
         return None
@@ -122,9 +119,6 @@ def _damaged(damage: Callable, original: Original, rng: random.Random, other: Or
 def _human_model(original: Original, rng: random.Random, other: Original) -> Texts:
     usable = original.human and original.alternative
     return (original.prompt, " ".join(original.text.split()), original.alternative) if usable else None
-
-
-_WORD = {"en": r"\b[a-z]{6,}\b", "zh": r"[\u4e00-\u9fff]{2}"}
 
 
 def _requirement(original: Original, rng: random.Random, other: Original) -> Texts:
@@ -144,8 +138,6 @@ def _requirement(original: Original, rng: random.Random, other: Original) -> Tex
 KINDS: dict[str, Callable[[Original, random.Random, Original], Texts]] = {
     name: partial(_damaged, damage) for name, damage in DAMAGES.items()} | {
     "human_model": _human_model, "requirement": _requirement}
-
-_PASSAGES_PER_DOCUMENT = 4
 
 
 def made_answers(recipe: Recipe, seed: int, distilled: Path) -> list[dict]:

@@ -55,12 +55,9 @@ class Pieces:
 
 
 def pack(recipe: Recipe, run: Run, corpus: Path, cot: Path | None) -> Path:
-    """The stage `pack`. Returns its folder: `00000.arrow` ..., and a row a shard in `shards.jsonl`: file, sha256,
-    sequences, tokens by source, epochs by source, share of padding.
-
-    A shard that is missing or damaged is named and made again; one that then comes out different raises RunError.
-    `cot`: a folder with the token files of the chain-of-thought documents; None where the recipe wants none.
-    """
+    """The stage `pack`. Returns its folder: `00000.arrow` ..., and a row a shard in `shards.jsonl`: file, sha256, sequences,
+    tokens by source, epochs by source, share of padding. `cot`: a folder with the token files of the chain-of-thought
+    documents, or None. A shard that is missing or damaged is made again; one that comes out different raises RunError."""
     rows = {row["step"]: row for row in run.rows("shards")}
     broken = [number for number, row in rows.items() if sha256(run.folder / row["file"]) != row["sha256"]]
     if run.finished and not broken:

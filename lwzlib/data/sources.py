@@ -28,9 +28,7 @@ def read_documents(source: str) -> Iterator[tuple[str, list[str]]]:
 
 def read_texts(source: str, part: int = 0, parts: int = 1) -> Iterator[tuple[str, str]]:
     """(id, text) of each document, or of each `parts`-th file of a folder (document, of anything else) from `part` on.
-
-    Raises DataError for a source that cannot be read, ModelError for a kit source that is not prepared.
-    """
+    Raises DataError for a source that cannot be read, ModelError for a kit source that is not prepared."""
     if files := _files(source):
         yield from itertools.chain.from_iterable(map(_read, files[part::parts]))
     else:

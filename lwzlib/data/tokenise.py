@@ -26,7 +26,7 @@ from datatrove.utils.text import simplify_text
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 from lwzlib.base.models import load_tokenizer
-from lwzlib.base.quantities import Source
+from lwzlib.base.quantities import Corpus
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import write_atomic
 from lwzlib.base.run_folder import Run
@@ -56,10 +56,10 @@ class Keep(BaseFilter):
 
     name = "keep"
 
-    def __init__(self, sources: list[Source], min_words: int, max_words: int):
+    def __init__(self, corpus: Corpus):
         super().__init__()
-        self.languages = [source.language for source in sources]  # by number: a folder may be named once for each language
-        self.min_words, self.max_words = min_words, max_words
+        self.languages = [source.language for source in corpus.sources]  # a folder may be named once for each language
+        self.min_words, self.max_words = corpus.min_words, corpus.max_words
 
     def filter(self, document: Document):
         """True, or (False, one of the first three `REASONS`), as datatrove asks of a filter."""
@@ -114,16 +114,14 @@ def is_held_out(name: str, share: float) -> bool:
 
 
 def prepare_corpus(recipe: Recipe, run: Run) -> Path:
-    """The stage `corpus`: token files of every source, and the documents held out. Returns its folder.
-
-    `tokens/<task>_unshuffled.ds` with `.index` (datatrove's form), `heldout/<task>.jsonl`, `tokenizer/`, `report.json`.
-    """
+    """The stage `corpus`: token files of every source, and the documents held out. Returns its folder, with
+    `tokens/<task>_unshuffled.ds` and `.index` (datatrove's form), `heldout/<task>.jsonl`, `tokenizer/`, `report.json`."""
     if run.finished:
         return run.folder
     corpus = recipe.corpus
     with run.work():
         prompts = [query.query for query in load_queries(recipe.data.heldout)]
-        filters = [Keep(corpus.sources, corpus.min_words, corpus.max_words), Decontaminate(prompts, corpus.decontaminate_words)]
+        filters = [Keep(corpus), Decontaminate(prompts, corpus.decontaminate_words)]
         tokenise(recipe, [source.at for source in corpus.sources], run.folder, filters, corpus.heldout_share)
         rows = report(recipe, run.folder)
         write_atomic(run.folder / "report.json", json.dumps(rows, indent=1))
@@ -133,7 +131,6 @@ def prepare_corpus(recipe: Recipe, run: Run) -> Path:
 
 def tokenise(recipe: Recipe, sources: list[str], folder: Path, filters: list | None = None, heldout_share: float = 0) -> None:
     """Write the token files of `sources` under `folder`. Near copies are sought over all of them: of each cluster one stays.
-
     Without `filters` the texts are taken as they stand (finished think/answer documents)."""
     parts, tokenizer = recipe.corpus.parts, load_tokenizer(recipe.model.name, recipe.model.trust_remote_code)
     tokenizer.save_pretrained(folder / "tokenizer")

@@ -66,11 +66,9 @@ def _within(limit: str, n: int) -> Range:
 
 
 def enforce(lower: int, upper: int, query: str = "") -> Range | str:
-    """A predicted range held to the rules, or the reason to drop the query.
-
-    Bounds: multiples of 100 from 100 to 12,000 and at most 3,000 apart, around the same middle. A length that the query
-    states takes the place of the prediction, unless this says that the request cannot be fulfilled.
-    """
+    """A predicted range held to the rules, or the reason to drop the query. Bounds: multiples of 100 from 100 to 12,000 and at
+    most 3,000 apart, around the same middle. A length that the query states takes the place of the prediction, unless this
+    says that the request cannot be fulfilled."""
     fixed = stated(query)
     if (fixed and fixed[0] > MOST_WORDS) or min(lower, upper) > MOST_WORDS:
         return "out of limits"
@@ -85,11 +83,9 @@ def enforce(lower: int, upper: int, query: str = "") -> Range | str:
 
 
 def agreement(predicted: Mapping[str, Range], by_hand: Mapping[str, Range]) -> dict:
-    """How well ranges by id match those set by hand, over the ids that both have.
-
-    `overlap`: mean of words in both ranges over words in either. `middle_inside`: share whose predicted middle lies in the
-    range set by hand. `kendall_tau`: of the middles (tau-b; nan if there is no order to compare).
-    """
+    """How well ranges by id match those set by hand, over the ids that both have. `overlap`: mean of words in both ranges over
+    words in either. `middle_inside`: share whose predicted middle lies in the range set by hand. `kendall_tau`: of the
+    middles (tau-b; nan if there is no order to compare)."""
     from scipy.stats import kendalltau
 
     pairs = [(predicted[key], by_hand[key]) for key in by_hand if key in predicted]

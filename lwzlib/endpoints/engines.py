@@ -39,7 +39,7 @@ class QueryPrompt(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """`write`(prompts, decoding, seed, first) yields (index, Output) in order, from index `first` or somewhat before it."""
+    """`write`(prompts, decoding, seed, first) yields (index, Written) in order, from index `first` or somewhat before it."""
 
     identity: dict  # what, beside prompt, decoding and seed, a completion depends on
     write: Callable[[list[Framed], Decoding, int, int], Iterator[tuple[int, Written]]]
@@ -48,12 +48,10 @@ class Engine(NamedTuple):
 
 def generate(engine: Engine, prompts: list[QueryPrompt], decoding: Decoding, out: Path, seed: int = 0) -> list[dict]:
     """A row for each prompt, in order, in the JSONL file `out`; what stands there already is not written again. For several
-    completions of a prompt call it with several seeds, each with its file.
-
-    `truncated`: neither the end of the text nor a stop string came within `max_new_tokens`, or a server cut it off. `error`:
-    why a server refused this prompt; its completion is empty. Raises RunError if `out` holds completions of another engine,
-    decoding, seed or prompt, ModelError and LLMError as the engines do.
-    """
+    completions of a prompt call it with several seeds, each with its file. `truncated`: neither the end of the text nor a
+    stop string came within `max_new_tokens`, or a server cut it off. `error`: why a server refused this prompt; its completion
+    is empty. Raises RunError if `out` holds completions of another engine, decoding, seed or prompt, ModelError and LLMError
+    as the engines do."""
     if len({prompt.id for prompt in prompts}) < len(prompts):
         raise RunError(f"{out}: ids must be unique; give each prompt its own")
     keys = [_key(engine.identity, prompt.prompt, decoding, seed) for prompt in prompts]

@@ -28,13 +28,11 @@ _POLITE = {"OMP_WAIT_POLICY": "passive"}
 
 @contextlib.contextmanager
 def serving(name: str, dtype: str = "bfloat16", start_s: float = 180.0, **settings) -> Iterator[llm.Settings]:
-    """Settings with which `llm.ask` and `curate` reach the model `name` (as in a recipe); with the block, the server ends,
-    and it ends too if this process is killed. `settings` go into `llm.Settings`.
-
-    Decoding is greedy whatever the temperature, unless the model's own generation config samples. Requests in flight share
-    a batch, so the last digits, and now and then a word, depend on what else is asked at the time.
-    Raises ModelError if the model is not there or not served within `start_s` seconds, LLMError for a wrong setting.
-    """
+    """Settings with which `llm.ask` and `curate` reach the model `name` (as in a recipe), whose server ends with the block or
+    with this process. `settings` go into `llm.Settings`. Decoding is greedy whatever the temperature, unless the model's own
+    generation config samples. Requests in flight share a batch, so the last digits, and now and then a word, depend on what
+    else is asked at the time. Raises ModelError if the model is not there or not served within `start_s` seconds, LLMError
+    for a wrong setting."""
     path = models.resolve(name)
     # The server takes what follows an @ for a revision; so a kit model goes by its short name, whatever the cache is called.
     where, model = (Path(path).parent, Path(path).name) if name.startswith("kit:") else (None, path)
