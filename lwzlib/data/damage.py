@@ -89,16 +89,16 @@ def off_topic(text: str, rng: random.Random, other: str) -> str:
 
 def language_switched(text: str, rng: random.Random, other: str = "") -> str:
     """Replace a stretch of a third to two thirds of the sentences by sentences of the other language."""
-    sentences = len(split_sentences(text))
-    replaced = _a_third_to_two_thirds(sentences, rng)
-    start = rng.randint(0, sentences - replaced)
-    return _with_filler(text, range(start, start + replaced), OTHER_LANGUAGE[language_of(text)], rng)
+    def stretch(sentences: int, replaced: int) -> range:
+        start = rng.randint(0, sentences - replaced)
+        return range(start, start + replaced)
+
+    return _with_filler(text, stretch, OTHER_LANGUAGE[language_of(text)], rng)
 
 
 def filler(text: str, rng: random.Random, other: str = "") -> str:
     """Replace a third to two thirds of the sentences by sentences that would fit any text."""
-    sentences = len(split_sentences(text))
-    return _with_filler(text, rng.sample(range(sentences), _a_third_to_two_thirds(sentences, rng)), language_of(text), rng)
+    return _with_filler(text, lambda sentences, replaced: rng.sample(range(sentences), replaced), language_of(text), rng)
 
 
 DAMAGES: dict[str, Callable[[str, random.Random, str], str]] = {
@@ -149,13 +149,11 @@ def endless(sentences: list[str], rng: random.Random) -> Iterator[str]:
         yield from rng.sample(sentences, len(sentences))
 
 
-def _a_third_to_two_thirds(count: int, rng: random.Random) -> int:
-    return max(1, round(count * rng.uniform(0.33, 0.67)))
-
-
-def _with_filler(text: str, lost: Sequence[int], language: str, rng: random.Random) -> str:
-    """The text with filler of `language` in place of the sentences numbered `lost`, as many words as they had."""
+def _with_filler(text: str, choose: Callable[[int, int], Sequence[int]], language: str, rng: random.Random) -> str:
+    """The text with filler of `language` in place of a third to two thirds of its sentences, as many words as they had;
+    `choose`(sentences, replaced) gives their numbers."""
     sentences = split_sentences(text)
+    lost = choose(len(sentences), max(1, round(len(sentences) * rng.uniform(0.33, 0.67))))
     new = fill(endless(wordings(language)["filler"], rng), sum(count_words(sentences[i]) for i in lost))
     placed = [(i, sentence) for i, sentence in enumerate(sentences) if i not in lost]
     placed += zip(itertools.cycle(lost), new, strict=False)
