@@ -16,27 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lwzlib.base.paths import TEXTS
 from lwzlib.base.rows import read_rows, read_yaml, write_atomic
 from lwzlib.cluster.profile import ClusterError, run_command
 
 FINAL = ("finished", "failed", "timed out", "node lost")  # what a job may report of its own end
 _SETTLE_S = 4  # the end of a job is Slurm's word only after this: its result, or its requeue, may still come
-_ENDS = {
-    "CANCELLED": ("JobCancelled", "was cancelled"),
-    "TIMEOUT": ("JobTimedOut", "reached its time limit of {time}"),
-    "DEADLINE": ("JobTimedOut", "reached its deadline"),
-    "NODE_FAIL": ("NodeLost", "lost a node ({nodes})"),
-    "BOOT_FAIL": ("NodeLost", "got a node that did not boot ({nodes})"),
-    "OUT_OF_MEMORY": ("JobOutOfMemory", "ran out of memory: {memory_gb_per_node} GB were asked for on each node"),
-    "PREEMPTED": ("JobPreempted", "had to give its nodes to another job"),
-    "FAILED": ("JobKilled", "was killed or broke down (exit code and signal {exit})"),
-    "COMPLETED": ("JobKilled", "ended without a result"),
-    "REVOKED": ("JobCancelled", "was revoked"),
-    "UNKNOWN": ("JobLost", "is not known to Slurm any more and left no result"),
-    "timed out": ("JobTimedOut", "was stopped {stop_before_end_s} s or more before its time limit of {time}; it had no requeue "
-                                 "left (requeues = {requeues})"),
-    "node lost": ("NodeLost", "lost a node, and had no requeue left (requeues = {requeues})"),
-}
+_ENDS = read_yaml(TEXTS / "job_ends.yaml")
 _OUT_OF_MEMORY = re.compile(r"exceeded (job |step )?memory limit|oom[-_ ]kill|out of memory", re.I)
 
 
@@ -53,7 +39,7 @@ class SlurmStatus(NamedTuple):
 class End(NamedTuple):
     """How a job ended; with a `name`, papermill gets the message as an error of that name."""
 
-    state: str  # finished, failed, or a key of _ENDS
+    state: str  # finished, failed, or a key of texts/job_ends.yaml
     name: str = ""  # of the error; empty: the notebook's cells tell it all
     message: str = ""
 

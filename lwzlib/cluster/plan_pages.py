@@ -11,16 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lwzlib.base.parallel import deepspeed_config
-from lwzlib.base.paths import CLUSTER_JOBS
+from lwzlib.base.paths import CLUSTER_JOBS, TEXTS
 from lwzlib.base.recipe import RecipeError, load_recipe
+from lwzlib.base.rows import read_yaml
 from lwzlib.cluster import estimate
 from lwzlib.cluster.estimate import CONSTANTS, GPUS, SHAPES, TRAINS, WRITES, Plan, constant, problems, slots, total
 from lwzlib.cluster.step_time import decode_s, micro_s, simulate_step
 
-_ONE_NODE = ["distributed.zero=3", "distributed.offload=none", "grpo.queries_per_step=8", "vllm.tensor_parallel=1"]
-_SERVED = ["reward.writing.url=http://judge:8017"]
-_DEEPSPEED = {"zero2": "distributed.zero=2", "zero3": "distributed.zero=3",
-              "zero3_offload": "distributed.zero=3 distributed.offload=all"}
+_CHANGES = read_yaml(TEXTS / "paper_plan.yaml")
 
 
 def planned(recipe: str, sets=None, nodes: int | None = None, gpus: int | None = None, gpu: str = "h800",
@@ -81,8 +79,8 @@ def sizes_table() -> list[dict]:
         if shape.parameters > 40e9:
             continue
         small = shape.parameters < 10e9
-        one_node = [f"writing_rm.model={name}", *_ONE_NODE] if small else []
-        plan = planned("paper", [f"model.name={name}", *one_node], 1 if small else 8, 8)
+        one_node = f" writing_rm.model={name} {_CHANGES['one_node']}" if small else ""
+        plan = planned("paper", f"model.name={name}{one_node}", 1 if small else 8, 8)
         time = simulate_step(plan)
         rows.append({
             "model": name.split("/")[1], "nodes": "1" if small else f"{plan.nodes[0]} + {plan.nodes[1]} vLLM",
@@ -103,18 +101,10 @@ def changes_table() -> list[dict]:
     part_s = {line.name: line.value for line in now.lines}
     generating_s = part_s["writing"] + part_s["Writing RM"]
     rows = [("as the recipe has it", "recipe", now.seconds, "")]
-    for name, sets in (
-            ("vLLM on 2 nodes, training on 6", ["vllm.nodes=2", "grpo.queries_per_step=30"]),
-            ("vLLM beside the trainer on all 8 nodes",
-             ["vllm.mode=colocate", "vllm.nodes=0", "vllm.sleep=true", "vllm.memory_share=0.5"]),
-            ("two GPUs a replica in vLLM", ["vllm.tensor_parallel=2"]),
-            ("eight GPUs a replica in vLLM", ["vllm.tensor_parallel=8"]),
-            ("no gradient checkpointing", ["grpo.gradient_checkpointing=false"]),
-            ("Writing RM on 8 more GPUs, `lwz serve-rm`", _SERVED)):
+    for name, sets in _CHANGES["recipe"].items():
         plan = planned("paper", sets)
         rows.append((name, "recipe", simulate_step(plan).seconds * 1024 / plan.completions, "; ".join(problems(plan))))
-    for name, values in (("weights sent at 50 GB/s", {"sync_gbs": 50.0}),
-                         ("training at 0.45 of peak", {"train_flops_share": 0.45})):
+    for name, values in _CHANGES["constants"].items():
         with estimate.assuming(**values):
             rows.append((name, "hardware or software", simulate_step(paper).seconds, ""))
     rows += [
@@ -159,10 +149,10 @@ def pages() -> dict[str, str]:
     estimates = templates.get_template("estimates.md.j2").render(
         mean_tokens=paper.mean_tokens, sizes=sizes_table(), constants=CONSTANTS)
     plan_page = templates.get_template("paper_plan.md.j2").render(
-        step=simulate_step(planned("paper", _SERVED)), changes=changes_table(), nodes=paper.nodes,
+        step=simulate_step(planned("paper", _CHANGES["served"])), changes=changes_table(), nodes=paper.nodes,
         grpo_bound=simulate_step(paper).bound.name, **stage_times())
     texts = {"estimates.md": estimates, "paper_plan.md": plan_page}
-    for name, sets in _DEEPSPEED.items():
+    for name, sets in _CHANGES["deepspeed"].items():
         texts[f"deepspeed/{name}.json"] = json.dumps(deepspeed_config(load_recipe("paper", sets)), indent=1)
     return {file: text.rstrip("\n") + "\n" for file, text in texts.items()}
 
