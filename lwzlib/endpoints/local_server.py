@@ -67,4 +67,6 @@ if __name__ == "__main__":  # the server's own process
     end_with_parent()
     from transformers.cli.serve import Serve
 
-    Serve(sys.argv[1], continuous_batching=True, dtype=sys.argv[2], device="cpu", host="127.0.0.1", port=0, **_CACHE)
+    from lwzlib.base.fast_cpu import computed_in
+
+    Serve(sys.argv[1], continuous_batching=True, dtype=computed_in(sys.argv[2]), device="cpu", host="127.0.0.1", port=0, **_CACHE)
