@@ -6,7 +6,6 @@ backward pass. `texts/hardware.yaml` holds the numbers and their sources. Every 
 """
 
 import contextlib
-import dataclasses
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -47,8 +46,7 @@ class Line(NamedTuple):
     how: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Shape of a decoder of the Llama and Qwen2 family."""
 
     layers: int

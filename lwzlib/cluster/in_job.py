@@ -85,7 +85,7 @@ def main(folder: Path) -> int:
         report(folder, "node lost", why=f"the job was started again {allowed} times already (requeues = {allowed})")
         return 1
     signal.signal(signal.SIGUSR2, _interrupt)
-    if why := _lost_node():
+    if why := _on_each_node("true"):
         print(f"srun does not reach every node; a failing cell will not be taken for a lost node: {why}", flush=True)
     try:
         return _execute(folder, record, may_requeue=restarts < allowed, nodes_answer=not why)
@@ -106,7 +106,7 @@ def _execute(folder: Path, record: dict, may_requeue: bool, nodes_answer: bool) 
     failed = any(cell.metadata.papermill.exception for cell in notebook.cells)
     if _stop_signals:
         return _requeue(folder, may_requeue, "timed out")
-    if failed and nodes_answer and (why := _lost_node()):
+    if failed and nodes_answer and (why := _on_each_node("true")):
         return _requeue(folder, may_requeue, "node lost", why)
     report(folder, "failed" if failed else "finished")
     return int(failed)
@@ -120,19 +120,16 @@ def _interrupt(number, frame):
 
 
 def _on_each_node(*command: str) -> str:
-    """Start a command on each node; why that failed, or ""."""
+    """Start a command on each node, where there are several; why that failed (a node is lost), or ""."""
     nodes = os.environ["SLURM_JOB_NUM_NODES"]
+    if nodes == "1" or not shutil.which("srun"):
+        return ""
     try:
         answer = run_command("srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
                              "--cpus-per-task=1", *command, timeout=_ANSWER_S)
     except subprocess.TimeoutExpired:
         return f"srun did not reach all of {os.environ['SLURM_JOB_NODELIST']} within {_ANSWER_S} s"
     return answer.stderr.strip() if answer.returncode else ""
-
-
-def _lost_node() -> str:
-    """Why a node of the allocation is lost; empty if each starts a command."""
-    return _on_each_node("true") if os.environ["SLURM_JOB_NUM_NODES"] != "1" and shutil.which("srun") else ""
 
 
 def _requeue(folder: Path, allowed: bool, end: str, why: str = "") -> int:
@@ -152,8 +149,7 @@ def _remove_scratch(scratch: str | None) -> None:
     folder = os.environ.get("TMPDIR", "")
     if scratch and folder.startswith(scratch):
         shutil.rmtree(folder, ignore_errors=True)
-        if os.environ["SLURM_JOB_NUM_NODES"] != "1":
-            _on_each_node("rm", "-rf", folder)
+        _on_each_node("rm", "-rf", folder)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError, write_atomic
 from lwzlib.base.run_folder import Run
 from lwzlib.pipeline import ranks, vllm_servers
-from lwzlib.pipeline.stages import STAGES, arm_stages, needs, run_stage, stage_run
+from lwzlib.pipeline.stages import STAGES, Work, arm_stages, needs, run_stage, stage_run
 
 _QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 # glibc gives large blocks back to the system at once; every decoding step then asks for them anew.
@@ -49,9 +49,8 @@ def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "
     elif recipe.launch == "subprocess":
         _do(_command(stage, recipe, root, seed, arm, run.folder), [run])
     else:
-        needed = [(name, launch(name, recipe, root, seed, its_arm).folder) for name, its_arm in needs(stage, recipe, arm)]
-        models = [str(folder / "model") for name, folder in needed if name in ("cold-start", "pretrain")]
-        start = models[0] if models else run.recipe.model.name
+        models = {name: launch(name, recipe, root, seed, of).folder / "model" for name, of in needs(stage, recipe, arm)}
+        start = Work(run, arm, models).start
         with contextlib.ExitStack() as around:
             spread = around.enter_context(vllm_servers.ready(stage, recipe, run.folder, start)) if STAGES[stage].spreads else ()
             _do(_command(stage, recipe, root, seed, arm, run.folder), [run], *spread)

@@ -1,11 +1,11 @@
 """`lwz run`: the notebooks of the main job, in order, through papermill, into the run folder."""
 
-import dataclasses
 import hashlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from lwzlib.base.paths import NOTEBOOKS
 from lwzlib.base.recipe import Recipe
@@ -15,8 +15,7 @@ from lwzlib.pipeline.launch import MALLOC
 from lwzlib.pipeline.stages import places, stage_run
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A notebook to execute, where its executed copy goes, and its parameters."""
 
     notebook: str
@@ -27,15 +26,14 @@ class Step:
 def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str]) -> list[Step]:
     """The notebooks of a run in order, 05 once for each arm that is trained by RL."""
     common = {"recipe": source, "seed": seed, "run_dir": str(folder.resolve()), "overrides": overrides}
-    judge = ["03_writing_rm"] * any(stage == "writing-rm" for _, stage in places(recipe))
-    once = [Step(name, name, common) for name in ("00_start_here", "01_data_and_length_ranges", "02_reward_design", *judge,
-                                                  "04_grpo_step_by_step")]
+    due = {stage for _, stage in places(recipe)}
+    before = ["00_start_here", "01_data_and_length_ranges", "02_reward_design", *["03_writing_rm"] * ("writing-rm" in due),
+              "04_grpo_step_by_step"]
     arms = [Step("05_train_grpo", f"05_train_grpo_{arm}", common | {"arm": arm})
             for arm, settings in recipe.arms.items() if settings.algorithm == "grpo"]
-    pretrained = any(arm.start == "continual-pretrain" for arm in recipe.arms.values())
-    compared = ["06_think_vs_nothink", *["07_continual_pretraining"] * pretrained,
-                *["08_sft_vs_rl"] * any(arm.algorithm == "sft" for arm in recipe.arms.values()), "09_evaluate"]
-    return [*once, *arms, *(Step(name, name, common) for name in compared)]
+    after = ["06_think_vs_nothink", *["07_continual_pretraining"] * ("pretrain" in due), *["08_sft_vs_rl"] * ("sft" in due),
+             "09_evaluate"]
+    return [*(Step(name, name, common) for name in before), *arms, *(Step(name, name, common) for name in after)]
 
 
 def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:

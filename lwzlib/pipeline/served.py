@@ -39,13 +39,13 @@ def write(recipe: Recipe, run: Run, name: str, policy: Policy, queries: list[Que
         started = functools.cache(lambda: around.enter_context(
             vllm_servers.serve(recipe, at, run.folder / "logs", model, False)))
 
-        def write(*what):  # called only where something is missing
+        def ask(*what):  # called only where something is missing
             settings = llm.configure(base_url=f"{started()[URL]}/v1", **asking)
             yield from engines.server(settings, run.folder / f"{name}.replies.jsonl").write(*what)
 
         for number, places in rounds.items():
             asked = [engines.QueryPrompt(queries[i].id, queries[i].query, framed[i]) for i in places]
-            rows = engines.generate(engines.Engine({"engine": "vllm serve", "model": model}, write), asked, how,
+            rows = engines.generate(engines.Engine({"engine": "vllm serve", "model": model}, ask), asked, how,
                                     run.folder / f"{name}.written-{number}.jsonl", seed=1_000 * run.seed + number)
             if refused := next((row for row in rows if row["error"]), None):
                 raise RunError(f"vLLM refused query {refused['id']}: {refused['error']}")

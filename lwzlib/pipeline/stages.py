@@ -10,7 +10,6 @@ then GRPO against a trained Writing RM, and SFT as the baseline. The cold start 
 
 import importlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +20,7 @@ from lwzlib.base.run_folder import Run
 from lwzlib.method.queries import queries_of_recipe
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """A stage that is due: its Run, its arm ("" where the arms share it), and the artefacts of the stages it needs, by name."""
 
     run: Run
