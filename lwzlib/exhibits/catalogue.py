@@ -14,7 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from lwzlib.base.paths import TEXTS
+from lwzlib.base.rows import read_yaml
 from lwzlib.exhibits import figures, paper_figures
+from lwzlib.exhibits.paper_figures import NOT_RUN
 from lwzlib.exhibits.results import Tables
 from lwzlib.exhibits.run_tables import held_out_changes
 
@@ -26,7 +29,6 @@ ET.register_namespace("", _SVG)
 ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
 _SCORES = ["avg", "D1", "D2", "D3", "D4", "D5", "D6", "style", "format", "length", "Elo"]  # of Table 1
 SHORT = {"without continual pretraining": "without CPT"}
-NOT_RUN = "not run here"
 
 
 class Exhibit(NamedTuple):
@@ -34,10 +36,10 @@ class Exhibit(NamedTuple):
     from its rows. `note` says what a reader must know."""
 
     name: str
-    title: str
     make: Callable
-    height_in: float
+    title: str
     note: str
+    height_in: float = 0
 
     @property
     def is_table(self) -> bool:
@@ -47,7 +49,7 @@ class Exhibit(NamedTuple):
 
 def table_1(tables: Tables) -> pd.DataFrame:
     """WritingBench and Arena-Write, with the ablations of thinking and continual pretraining."""
-    published = tables.published[(tables.published.exhibit == "Table 1") & tables.published.metric.isin(_SCORES)]
+    published = tables.numbers("Table 1", *_SCORES)
     digits, rows = {"avg": ".2f", "Elo": "g"}, []
     for model, scores in published.groupby("model", sort=False):
         cells = {row.metric: f"{row.value:{digits.get(row.metric, '.1f')}}" for row in scores.itertuples()}
@@ -64,7 +66,7 @@ def table_1(tables: Tables) -> pd.DataFrame:
 
 def table_2(tables: Tables) -> pd.DataFrame:
     """Pretraining mixture. The paper's shares are not known to this kit, its totals are."""
-    method = tables.published[tables.published.exhibit == "Method"].set_index("metric").value
+    method = tables.numbers("Method").set_index("metric").value
     rows = [{"source": "published", "of": "all sources", "tokens": f"{method['pretrain.tokens'] / 1e9:g}B", "share": "100%"},
             {"source": "published", "of": "long chain-of-thought", "share": f"{method['pretrain.cot_token_fraction']:.0%}"},
             {"source": "published", "of": "books, reports, papers", "share": "not known"}]
@@ -127,34 +129,17 @@ def _ranged(row, name: str, digits: int, sign: str = "") -> str:
     return f"{row[name]:{sign}.{digits}f} [{row['low']:{sign}.{digits}f}, {row['high']:{sign}.{digits}f}]"
 
 
-_ARENA = ("Here: the embedded arena. The judge is the Writing RM that the arms were trained on, so it shows what they learnt, "
-          "not how well they write; Elo is Bradley-Terry by maximum likelihood; the no-think arm before RL stands at 1000, or "
-          "else the first by name.")
-EXHIBITS = {exhibit.name: exhibit for exhibit in (
-    Exhibit("figure_1", "Figure 1 · Headline scores", paper_figures.figure_1, 2.9,
-            "What the paper's Figure 1 looks like is not in this kit's sources: these are headline numbers of its Table 1."),
-    Exhibit("figure_2", "Figure 2 · Rewards and length over RL steps", paper_figures.figure_2, 5.4,
-            "The paper's curves are published without values. Here: a point a step and seed, lines are means over five steps, "
-            "bands the range of the seeds. Whole answers: those that did not overrun the limit."),
-    Exhibit("figure_3", "Figure 3 · Elo over RL steps", paper_figures.figure_3, 3.0,
-            f"Published: the ends of three curves, as described. {_ARENA} Bars: 95% over queries; bands: range of the seeds."),
-    Exhibit("figure_4", "Figure 4 · RL against SFT", paper_figures.figure_4, 3.1,
-            f"Solid: RL; dashed: SFT. Published: the ends. {_ARENA} RL maximises this judge's score and SFT does not."),
-    Exhibit("figure_5", "Figure 5 · Wins, ties, losses", paper_figures.figure_5, 3.9,
-            f"The paper draws eight donuts; known are the highest win rate and a bound of the lowest. {_ARENA}"),
-    Exhibit("figure_6", "Figure 6 · Length of the plan over RL steps", paper_figures.figure_6, 2.8,
-            "Published: a plateau of about 2,000 to 3,000 tokens, longer after continual pretraining. Logarithmic scale."),
-    Exhibit("table_1", "Table 1 · WritingBench, Arena-Write and ablations", table_1, 0,
-            "CPT: continual pretraining; without it: Base-think; without thinking: Base-nothink. D1 Academic & Engineering, "
-            "D2 Finance & Business, D3 Politics & Law, D4 Literature & Art, D5 Education, D6 Advertising & Marketing. "
-            f"{_ARENA} It cannot be compared with Arena-Write."),
-    Exhibit("table_2", "Table 2 · Pretraining mixture", table_2, 0,
-            "The paper's shares are not in this kit's sources."),
-    Exhibit("table_4", "Table 4 · SFT on long answers", table_4, 0,
-            "The paper's scores are not in this kit's sources. Here SFT learns from the model's own best answers and "
-            "human passages, not from LongWriter's data; "
-            "intervals: 95% over queries."),
-)}
+_TEXTS = read_yaml(TEXTS / "exhibits.yaml")
+
+
+def _exhibit(make: Callable) -> Exhibit:
+    text = _TEXTS["exhibits"][make.__name__]
+    return Exhibit(make.__name__, make, **text | {"note": text["note"].format(arena=_TEXTS["arena"])})
+
+
+EXHIBITS = {make.__name__: _exhibit(make) for make in (
+    paper_figures.figure_1, paper_figures.figure_2, paper_figures.figure_3, paper_figures.figure_4, paper_figures.figure_5,
+    paper_figures.figure_6, table_1, table_2, table_4)}
 
 
 def settings(tables: Tables) -> list[str]:

@@ -30,7 +30,7 @@ def tag(artist, kind: str, tips: list[str]):
 
 def figure_1(tables: Tables, ax: Axes) -> Axes:
     """Headline numbers: WritingBench average and Arena-Write Elo of each model."""
-    table = tables.published[(tables.published.exhibit == "Table 1") & tables.published.metric.isin(["avg", "Elo"])]
+    table = tables.numbers("Table 1", "avg", "Elo")
     wide = table.pivot(index="model", columns="metric", values="value").sort_values(["Elo", "avg"], na_position="first")
     names, parts = ["this kit", *wide.index], _panels(ax, 1, 2)
     for part, metric, label in zip(parts, ("avg", "Elo"), ("WritingBench", "Arena-Write Elo"), strict=True):
@@ -52,7 +52,7 @@ def figure_2(tables: Tables, ax: Axes) -> Axes:
     for part, column in zip(parts, ("writing", "length", "answer_words_not_truncated"), strict=True):
         _curves(tables.rl, part, column)
         part.set_xlabel("RL step" if part is parts[-1] else "")
-    start = _numbers(tables, "Figure 2")
+    start = tables.numbers("Figure 2")
     if len(start):
         _publish(parts[0], 0, start.value.iloc[0], ARMS["base-think"][2], [_published_tip(start.iloc[0].to_dict())])
         parts[0].text(0.03, 0.02, "published: base-think starts near 0\n(on the scale of another RM)", fontsize=7, va="bottom",
@@ -68,7 +68,7 @@ def figure_3(tables: Tables, ax: Axes) -> Axes:
     """Elo over the course of RL: the published ends of the curves, and the embedded arena here."""
     published = _two_scales(tables, ax, RL_ARMS, "share of RL, %")
     for end, x in (("Elo_start", 0), ("Elo_end", 100)):
-        for row in _numbers(tables, "Figure 3", end).to_dict("records"):
+        for row in tables.numbers("Figure 3", end).to_dict("records"):
             _publish(published, x, row["value"], ARMS[row["model"]][2], [_published_tip(row)], _ABOUT[row["qualifier"]])
     return _legend(ax, RL_ARMS, tables)
 
@@ -77,7 +77,7 @@ def figure_4(tables: Tables, ax: Axes) -> Axes:
     """RL (solid) against SFT (dashed), from the base model and after continual pretraining."""
     arms = [arm for arm in ARMS if arm != "base-nothink"]
     published = _two_scales(tables, ax, arms, "share of training, %")
-    for row in _numbers(tables, "Figure 4").to_dict("records"):
+    for row in tables.numbers("Figure 4").to_dict("records"):
         _publish(published, 100, row["value"], ARMS[row["model"]][2], [_published_tip(row)], "",
                  {"sft": -4, "continual-pretrain-sft": 4}.get(row["model"], 0))
     published.margins(y=0.12)  # room for the lowest number above the axis
@@ -91,7 +91,7 @@ def figure_5(tables: Tables, ax: Axes) -> Axes:
     last, pairs = _last_arm(tables)
     rows += [(f"{last} against:", "heading")] * bool(last)
     rows += [(name, pair) for name, pair in pairs] or [("this kit: its arms", None)]
-    low, high = (_numbers(tables, "Figure 5", f"win_rate_{end}").value.squeeze() for end in ("min", "max"))
+    low, high = (tables.numbers("Figure 5", f"win_rate_{end}").value.squeeze() for end in ("min", "max"))
     for place, (_, what) in enumerate(rows):
         if isinstance(what, dict):
             _win_bar(ax, place, what, tables)
@@ -118,7 +118,7 @@ def figure_6(tables: Tables, ax: Axes) -> Axes:
     """Length of the plan over RL steps, on a logarithmic scale: the published plateau is a hundred times higher."""
     plans = tables.rl[tables.rl.arm.isin(RL_ARMS[1:])]
     ax.set_yscale("symlog", linthresh=1)  # a plan may be empty
-    low, high = (_numbers(tables, "Figure 6", f"plateau_{end}").value.squeeze() for end in ("low", "high"))
+    low, high = (tables.numbers("Figure 6", f"plateau_{end}").value.squeeze() for end in ("low", "high"))
     tip = f"published: plateau of about {low:,.0f} to {high:,.0f} think tokens; continual pretraining longer"
     tag(ax.axhspan(low, high, facecolor="none", edgecolor="black", hatch="////", linewidth=0.6), "published", [tip])
     ax.annotate("published plateau", (0.97, low), (0, -4), xycoords=ax.get_yaxis_transform(), textcoords="offset points",
@@ -140,11 +140,6 @@ def _panels(ax: Axes, rows: int, columns: int = 1) -> list[Axes]:
     assert place, "an exhibit is drawn on axes of a grid, as subplots() makes them"
     grid = place.subgridspec(rows, columns)
     return [ax.figure.add_subplot(grid[i]) for i in range(rows * columns)]
-
-
-def _numbers(tables: Tables, exhibit: str, metric: str | None = None) -> pd.DataFrame:
-    rows = tables.published[tables.published.exhibit == exhibit]
-    return rows if metric is None else rows[rows.metric == metric]
 
 
 def _published_tip(row: dict) -> str:

@@ -116,6 +116,11 @@ class Tables:
             self._parts[setting] = Tables(self.published, *(rows[rows.setting == setting] for rows in measured))
         return self._parts[setting]
 
+    def numbers(self, exhibit: str, *metrics: str) -> pd.DataFrame:
+        """Published numbers of an exhibit: of these metrics, or all."""
+        rows = self.published[self.published.exhibit == exhibit]
+        return rows[rows.metric.isin(metrics)] if metrics else rows
+
     @functools.cached_property
     def _parts(self) -> dict[str, "Tables"]:
         return {}
