@@ -33,9 +33,10 @@ RM_COLUMNS = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "learn
 SFT_COLUMNS = {"loss": "loss", "tokens": "num_tokens", "learning_rate": "learning_rate"}
 
 
-def trainer_arguments(recipe: Recipe, run: Run) -> dict:
-    """Arguments that every trainer here takes. Weights already have the recipe's dtype, so autocast stays off; under
-    DeepSpeed, bfloat16 weights have float32 copies in the optimiser. To be made before the model: ZeRO-3 shards as it loads."""
+def trainer_arguments(recipe: Recipe, run: Run, checkpoint_every_steps: int | None) -> dict:
+    """Arguments that every trainer here takes; the last two checkpoints are kept, with None there is none. Weights already have
+    the recipe's dtype, so autocast stays off; under DeepSpeed, bfloat16 weights have float32 copies in the optimiser. To be
+    made before the model: ZeRO-3 shards as it loads."""
     cpu = not torch.cuda.is_available()
     zero = deepspeed_config(recipe) if "RANK" in os.environ else None  # a stage that is one process shards nothing
     if cpu:
@@ -44,7 +45,9 @@ def trainer_arguments(recipe: Recipe, run: Run) -> dict:
         from deepspeed import init_distributed
 
         init_distributed(dist_backend="gloo", verbose=False)  # else accelerate starts the group itself, and not for DeepSpeed
-    return {"output_dir": str(run.folder / "checkpoints"), "seed": run.seed, "logging_steps": 1, "report_to": "none",
+    saves = ({"save_strategy": "steps", "save_steps": checkpoint_every_steps, "save_total_limit": 2}
+             if checkpoint_every_steps else {"save_strategy": "no"})
+    return {**saves, "output_dir": str(run.folder / "checkpoints"), "seed": run.seed, "logging_steps": 1, "report_to": "none",
             "disable_tqdm": True, "log_level": "error", "bf16": bool(zero) and recipe.model.dtype == "bfloat16",
             "use_cpu": cpu, "deepspeed": zero, "gradient_checkpointing": recipe.grpo.gradient_checkpointing,
             "ddp_find_unused_parameters": False}
@@ -59,11 +62,6 @@ def load_policy(recipe: Recipe, name: str, spread: bool = False):
 def lora_config(lora: Lora, **more) -> LoraConfig | None:
     """Adapter of a recipe, with `more` of peft's own arguments; None where all weights are trained."""
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, **more) if lora.rank else None
-
-
-def checkpoint_arguments(every_steps: int) -> dict:
-    """Trainer arguments that save a checkpoint every `every_steps` steps and keep the last two."""
-    return {"save_strategy": "steps", "save_steps": every_steps, "save_total_limit": 2}
 
 
 def last_checkpoint(run: Run, *names: str) -> str | None:

@@ -32,8 +32,7 @@ def train_sft(recipe: Recipe, run: Run, arm: str, start: str, rows: Callable[[],
         config = SFTConfig(
             num_train_epochs=settings.epochs, learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
             per_device_train_batch_size=settings.batch_sequences, max_length=settings.max_tokens, packing=True,
-            packing_strategy="bfd", **trainers.checkpoint_arguments(settings.checkpoint_every_steps),
-            **trainers.trainer_arguments(recipe, run))
+            packing_strategy="bfd", **trainers.trainer_arguments(recipe, run, settings.checkpoint_every_steps))
         with config.main_process_first(local=False):
             if not run.rows("data"):
                 run.write("data", rows())

@@ -25,16 +25,16 @@ from lwzlib.method.pairs import Pair, balance_lengths, data_card, load_pairs, sp
 from lwzlib.method.text import count_words
 from lwzlib.method.writing_rm import score_ids, token_ids
 
-MakePairs = Callable[[Recipe, Run], dict[str, list[Pair]]]  # where writing_rm.pairs is `made`
-_EVERY = 4  # so many held-out pairs for one that is also scored with markdown
+PairMaker = Callable[[Recipe, Run], dict[str, list[Pair]]]  # called where writing_rm.pairs is `made`
+_MARKDOWN_EVERY = 4  # of so many held-out pairs one is also scored with markdown
 
 
-def make_pairs(recipe: Recipe, run: Run, made_pairs: MakePairs) -> dict[str, list[Pair]]:
-    """{train, heldout}: read from where the recipe says, or by `made_pairs`; kept in the run's folder, so made once."""
+def pairs_of_run(recipe: Recipe, run: Run, maker: PairMaker) -> dict[str, list[Pair]]:
+    """{train, heldout}: read from where the recipe says, or made by `maker`; kept in the run's folder, so made once."""
     settings, files = recipe.writing_rm, {part: run.folder / f"pairs_{part}.jsonl" for part in ("train", "heldout")}
     if not all(file.exists() for file in files.values()):
         if settings.pairs == "made":
-            parts = made_pairs(recipe, run)
+            parts = maker(recipe, run)
         else:
             split = split_by_source(load_pairs(settings.pairs), settings.heldout_share, run.seed)
             parts = dict(zip(files, split, strict=True))
@@ -49,7 +49,7 @@ def make_pairs(recipe: Recipe, run: Run, made_pairs: MakePairs) -> dict[str, lis
     return {part: load_pairs(str(file)) for part, file in files.items()}
 
 
-def train_rm(recipe: Recipe, run: Run, made_pairs: MakePairs) -> Path:
+def train_rm(recipe: Recipe, run: Run, maker: PairMaker) -> Path:
     """Train on the pairs; returns the folder of the model. Leaves the pairs, `card.csv`, `scores.jsonl` (one row per held-out
     pair) and `quality.json`; resumes from the last whole checkpoint."""
     if run.finished:
@@ -60,9 +60,9 @@ def train_rm(recipe: Recipe, run: Run, made_pairs: MakePairs) -> Path:
         config = RewardConfig(
             num_train_epochs=settings.epochs, learning_rate=settings.learning_rate, lr_scheduler_type="cosine", warmup_steps=4,
             per_device_train_batch_size=settings.batch_pairs, max_length=None,
-            **trainers.checkpoint_arguments(settings.checkpoint_every_steps), **trainers.trainer_arguments(recipe, run))
+            **trainers.trainer_arguments(recipe, run, settings.checkpoint_every_steps))
         with config.main_process_first(local=False), models.unsharded():
-            parts = make_pairs(recipe, run, made_pairs)
+            parts = pairs_of_run(recipe, run, maker)
         set_seed(run.seed)  # the head is new
         model, tokenizer = models.load_model(settings.model, m.dtype, m.attention, m.trust_remote_code, scorer=True)
         rows = []
@@ -89,14 +89,18 @@ def train_rm(recipe: Recipe, run: Run, made_pairs: MakePairs) -> Path:
 def evaluate_rm(recipe: Recipe, run: Run, model, tokenizer, heldout: list[Pair]) -> dict:
     """Score held-out pairs and leave `scores.jsonl` and `quality.json` (see `quality`)."""
     texts = [(pair.prompt, pair.chosen) for pair in heldout] + [(pair.prompt, pair.rejected) for pair in heldout]
-    texts += [(pair.prompt, markdown(pair.chosen)) for pair in heldout[::_EVERY]]
+    texts += [(pair.prompt, markdown(pair.chosen)) for pair in heldout[::_MARKDOWN_EVERY]]
     ids = token_ids(tokenizer, recipe.model.frame, recipe.writing_rm.fold_layout, texts)
-    scores = score_ids(model, tokenizer.pad_token_id, [text[-recipe.writing_rm.max_tokens :] for text in ids], 8192)
+    max_tokens = recipe.writing_rm.max_tokens
+    cut = sum(len(text) > max_tokens for text in ids)
+    if main_process():
+        print(f"writing-rm: {cut} of {len(ids)} held-out texts are cut, longer than writing_rm.max_tokens = {max_tokens}")
+    scores = score_ids(model, tokenizer.pad_token_id, [text[-max_tokens:] for text in ids], 8192)
     n = len(heldout)
     rows = [{"kind": pair.kind, "source": pair.source, "language": pair.language, "chosen": chosen, "rejected": rejected,
              "chosen_words": count_words(pair.chosen), "rejected_words": count_words(pair.rejected)}
             for pair, chosen, rejected in zip(heldout, scores[:n], scores[n : 2 * n], strict=True)]
-    for row, score in zip(rows[::_EVERY], scores[2 * n :], strict=True):
+    for row, score in zip(rows[::_MARKDOWN_EVERY], scores[2 * n :], strict=True):
         row["markdown"] = score
     run.write("scores", rows)
     measured = quality(rows)

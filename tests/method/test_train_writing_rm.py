@@ -151,9 +151,9 @@ def test_a_stop_between_the_two_files_of_pairs_makes_both_again(smoke, tmp_path)
     r = _recipe(tmp_path, _pair_rows(20))
     run = stage_run("writing-rm", r, tmp_path, 0)
     run.folder.mkdir(parents=True)
-    whole = train_writing_rm.make_pairs(r, run, made_pairs)
+    whole = train_writing_rm.pairs_of_run(r, run, made_pairs)
     (run.folder / "pairs_heldout.jsonl").unlink()
-    assert train_writing_rm.make_pairs(r, run, made_pairs) == whole
+    assert train_writing_rm.pairs_of_run(r, run, made_pairs) == whole
 
 
 def test_it_learns_a_plain_preference_of_a_file_of_pairs(smoke, tmp_path):
