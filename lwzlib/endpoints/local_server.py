@@ -69,4 +69,5 @@ if __name__ == "__main__":  # the server's own process
 
     from lwzlib.base.fast_cpu import computed_in
 
-    Serve(sys.argv[1], continuous_batching=True, dtype=computed_in(sys.argv[2]), device="cpu", host="127.0.0.1", port=0, **_CACHE)
+    dtype = computed_in(sys.argv[2])
+    Serve(sys.argv[1], continuous_batching=True, dtype=dtype, device="cpu", host="127.0.0.1", port=0, **_CACHE)
