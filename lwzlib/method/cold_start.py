@@ -34,8 +34,8 @@ def cold_start(recipe: Recipe, run: Run) -> Path:
         documents = Dataset.from_list(_documents(recipe, run, model, tokenizer))
         config = SFTConfig(
             num_train_epochs=1, learning_rate=recipe.cold_start.learning_rate, lr_scheduler_type="cosine",
-            warmup_steps=2, per_device_train_batch_size=recipe.cold_start.batch_documents,
-            max_length=None, **trainers.trainer_arguments(recipe, run, checkpoint_every_steps=None))
+            warmup_steps=2, per_device_train_batch_size=recipe.cold_start.batch_documents, max_length=None,
+            **trainers.trainer_arguments(recipe, run, checkpoint_every_steps=None))
         rows = trainers.Rows(run, trainers.SFT_COLUMNS)
         trainer = SFTTrainer(model, args=config, train_dataset=documents, processing_class=tokenizer, callbacks=[rows])
         trainers.save_trained(trainers.train_to_end(trainer), trainer, run)

@@ -105,8 +105,7 @@ def config(recipe: Recipe, run: Run, rewards: list[str]) -> GRPOConfig:
         gradient_accumulation_steps=accumulation(recipe, int(os.environ.get("WORLD_SIZE", "1"))),
         max_completion_length=grpo.sampling.max_new_tokens, temperature=grpo.sampling.temperature,
         top_p=grpo.sampling.top_p, reward_weights=[getattr(recipe.reward.weights, name) for name in rewards],
-        remove_unused_columns=False, **vllm_arguments(recipe),
-        **trainers.trainer_arguments(recipe, run, grpo.checkpoint_every_steps))
+        remove_unused_columns=False, **vllm_arguments(recipe), **trainers.trainer_arguments(recipe, run, grpo.checkpoint_every_steps))
 
 
 def dataset(recipe: Recipe, style: Style, tokenizer) -> Dataset:
