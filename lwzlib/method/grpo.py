@@ -103,9 +103,9 @@ def config(recipe: Recipe, run: Run, rewards: list[str]) -> GRPOConfig:
         warmup_steps=grpo.warmup_steps, max_grad_norm=grpo.max_grad_norm, loss_type=grpo.loss, epsilon=grpo.clip_eps,
         beta=grpo.kl_beta, num_generations=grpo.group_size, per_device_train_batch_size=grpo.micro_batch_completions,
         gradient_accumulation_steps=accumulation(recipe, int(os.environ.get("WORLD_SIZE", "1"))),
-        max_completion_length=grpo.sampling.max_new_tokens, temperature=grpo.sampling.temperature,
+        max_completion_length=grpo.sampling.max_new_tokens, temperature=grpo.sampling.temperature, remove_unused_columns=False,
         top_p=grpo.sampling.top_p, reward_weights=[getattr(recipe.reward.weights, name) for name in rewards],
-        remove_unused_columns=False, **vllm_arguments(recipe), **trainers.trainer_arguments(recipe, run, grpo.checkpoint_every_steps))
+        **vllm_arguments(recipe), **trainers.trainer_arguments(recipe, run, grpo.checkpoint_every_steps))
 
 
 def dataset(recipe: Recipe, style: Style, tokenizer) -> Dataset:

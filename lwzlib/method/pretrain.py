@@ -35,9 +35,9 @@ def pretrain(recipe: Recipe, run: Run, start: str, corpus: Path, packed: Path) -
         sequences = concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(packed.glob("*.arrow"))])
         config = SFTConfig(
             num_train_epochs=1, learning_rate=settings.learning_rate, lr_scheduler_type=settings.lr_schedule,
-            warmup_steps=settings.warmup_steps, per_device_train_batch_size=1,
-            gradient_accumulation_steps=settings.batch_sequences // processes, max_length=None, padding_free=True,
-            dataset_kwargs={"skip_prepare_dataset": True}, **trainers.trainer_arguments(recipe, run, settings.checkpoint_every_steps))
+            warmup_steps=settings.warmup_steps, per_device_train_batch_size=1, max_length=None, padding_free=True,
+            gradient_accumulation_steps=settings.batch_sequences // processes, dataset_kwargs={"skip_prepare_dataset": True},
+            **trainers.trainer_arguments(recipe, run, settings.checkpoint_every_steps))
         model, tokenizer = trainers.load_policy(recipe, start)
         trainer = SFTTrainer(model, args=config, train_dataset=sequences, processing_class=tokenizer,
                              callbacks=[trainers.Rows(run, trainers.SFT_COLUMNS)])
