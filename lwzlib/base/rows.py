@@ -93,6 +93,14 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def sha256(path: Path) -> str:
+    """Hex digest of a file; empty if there is none."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest_of(path: str | Path) -> str:
     """Hex digest of a file, or of a folder's files without hidden ones: their names and sizes, and the first and last MiB of
     the first 64, so that even weights and corpora take no time."""

@@ -9,7 +9,6 @@ A shard is an Arrow file with a row a sequence: `input_ids`, `seq_lengths` (toke
 positions restart and attention is kept apart) and `source` (of each document: the number of its source; the last is CoT).
 """
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from lwzlib.base.recipe import Recipe
-from lwzlib.base.rows import RunError
+from lwzlib.base.rows import RunError, sha256
 from lwzlib.base.run_folder import Run
 from lwzlib.data import tokenise
 
@@ -79,14 +78,6 @@ def pack(recipe: Recipe, run: Run, corpus: Path, cot: Path | None) -> Path:
             print(f"pack: shard {number}/{recipe.pretrain.shards}  {row['sequences']} sequences  "
                   f"padding {row['padding']:.1%}", flush=True)
     return run.folder
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file; empty if there is none."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shard(recipe: Recipe, run: Run, number: int, path: Path, corpus: Path, cot: Path | None) -> dict:
