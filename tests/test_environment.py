@@ -48,6 +48,10 @@ def test_importing_loads_nothing_heavy():
     code = ("import sys, lwzlib, lwzlib.base.recipe, lwzlib.method.text, lwzlib.method.overlap, lwzlib.method.advantage; "
             "sys.exit(any(m in sys.modules for m in ('torch', 'trl', 'transformers', 'vllm', 'matplotlib')))")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    light = ("import sys; from lwzlib.cli import main; sys.exit(str([m for m in ('torch', 'trl', 'transformers', 'matplotlib', "
+             "'submitit', 'papermill', 'nbformat', 'pandas', 'datatrove', 'scipy') if m in sys.modules]).strip('[]'))")
+    started = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True)
+    assert started.stderr.strip() == "", "what vLLM's environment lacks, and `lwz serve-rm` starts there"
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import lwzlib"], check=True)
     print(f"import lwzlib, interpreter included: {time.perf_counter() - began:.3f} s")

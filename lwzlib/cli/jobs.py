@@ -9,8 +9,6 @@ from rich.table import Table
 
 from lwzlib.base.recipe import parse_overrides
 from lwzlib.cli.options import out
-from lwzlib.cluster.jobs import jobs_of, summary
-from lwzlib.cluster.profile import load_profile
 
 app = typer.Typer()
 Site = Annotated[str | None, typer.Option(help="A profile and what this job changes in it, such as 'generic nodes=8'. Default: "
@@ -20,6 +18,9 @@ Site = Annotated[str | None, typer.Option(help="A profile and what this job chan
 @app.command()
 def jobs(profile: Site = None, every: Annotated[bool, typer.Option("--all", help="Earlier jobs of an output too.")] = False):
     """Slurm jobs of notebooks: state, nodes, step and throughput, from Slurm, the job and its run folder."""
+    from lwzlib.cluster.jobs import jobs_of, summary
+    from lwzlib.cluster.profile import load_profile
+
     folder = load_profile(profile).jobs_folder
     table = Table("job", "notebook", "output", "state", "nodes", "stage", "step", "tokens/s", "submitted", title=str(folder),
                   box=None)
