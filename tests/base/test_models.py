@@ -76,7 +76,7 @@ def test_a_half_written_cache_is_not_taken_for_a_model(monkeypatch, tmp_path):
 def test_the_real_model_trains_with_grpo(nano, tmp_path):
     """Few steps: that it runs, that weights move, and that the cold start brought the form. Trends need the whole run."""
     r = load_recipe("nano", "launch=subprocess grpo.steps=2 grpo.queries_per_step=1 cold_start.queries=6 "
-                    "grpo.sampling.max_new_tokens=96 "
+                    "grpo.sampling.max_new_tokens=64 "
                     "writing_rm.queries=8 writing_rm.passages_per_corpus=8 writing_rm.answer_tokens=48 "
                     "writing_rm.pairs_per_kind=6 writing_rm.heldout_pairs_per_kind=2")
     launch("grpo", r, tmp_path, 0, "base-nothink")

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 
 import psutil
 import pytest
@@ -140,10 +141,12 @@ def test_the_loss_of_another_node_is_told_from_an_error_of_the_cell(site, cluste
 
 
 def test_a_restarted_controller_costs_nothing(site, cluster):
-    started = site.started(site.notebook(STEPS.format(path=str(site.folder / "steps"), steps=30, pause=0.2)))
+    started = site.started(site.notebook(STEPS.format(path=str(site.folder / "steps"), steps=60, pause=0.2)))
     waiting(site)
+    jobs, runs_since = cluster.folder / "state" / "job_state", time.time()
+    until(lambda: jobs.exists() and jobs.stat().st_mtime > runs_since, "the job in Slurm's saved state", 30)
     cluster.stop("slurmctld", signal.SIGKILL)
-    until(lambda: len((site.folder / "steps").read_text().split()) > 20, "a few steps", 60)
+    until(lambda: len((site.folder / "steps").read_text().split()) > 50, "a few steps", 60)
     cluster.start("slurmctld")
     assert "all steps" in printed(started.result(90).cells[1]) and shown(site) == "finished"
 

@@ -103,7 +103,7 @@ def test_the_engine_sends_notebook_05_to_two_nodes_and_they_learn_what_one_proce
     assert not started.done(), started.exception()
     assert all(Path(f"/proc/{rank.pid}/root{inside}/mark").exists() for on in found.values() for rank in on) and not any(
         inside.iterdir()), "a rank is outside of the container"
-    started.result(120)
+    started.result(400)
     run = stage_run("grpo", load_recipe("smoke", asked["overrides"]), tmp_path / "run", 0, ARM)
     same(run, alone)
     logs = [(run.folder / "logs" / f"rank-{rank:03}.log").read_text() for rank in range(2)]
