@@ -60,9 +60,10 @@ def _post(client: httpx.Client, url: str, body: dict, patience_s: float, where: 
     for tries in itertools.count():
         try:
             response = client.post(f"{url}/pooling", json=body)
-            # vLLM answers 500 also when it is told to end, and when its engine has died.
-            dead = response.status_code == 500 and client.get(f"{url}/health").status_code != 200
-            if response.status_code not in (502, 503, 504) and not dead:
+            # vLLM answers 500 also while it ends, when its /health may still be well, and when its engine has died.
+            away = response.status_code == 500 and (
+                "after shutdown" in response.text or client.get(f"{url}/health").status_code != 200)
+            if response.status_code not in (502, 503, 504) and not away:
                 break
             cause, retry_after = _reply(response), response.headers.get("Retry-After", "")
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:

@@ -160,6 +160,12 @@ def test_an_engine_that_died_is_waited_for_and_a_request_that_failed_is_not(monk
         assert len(server.requests) == 5
 
 
+def test_a_server_that_ends_is_waited_for_though_its_health_is_still_well(monkeypatch):
+    monkeypatch.setattr(rm_client, "_PAUSE_S", 0.01)
+    with serving(script=[(500, {}, b'{"error": {"message": "cannot schedule new futures after shutdown"}}')]) as server:
+        assert ask(server.url, "rm-a", texts(1), 20) == right(texts(1)) and len(server.requests) == 2
+
+
 @pytest.mark.parametrize("told", ["1", "soon", "-5", "Wed, 21 Oct 2026 07:28:00 GMT"])
 def test_gateway_errors_are_tried_again_and_retry_after_is_kept(monkeypatch, told):
     monkeypatch.setattr(rm_client, "_PAUSE_S", 0.01)
