@@ -22,7 +22,7 @@ def serve_command(folder: Path, recipe: Recipe, host: str, port: int, dtype: str
         "model": folder, "served-model-name": info["identity"], "max-model-len": info["max_tokens"], "runner": "pooling",
         "host": host, "port": port, "dtype": dtype or recipe.model.dtype,
         "tensor-parallel-size": recipe.vllm.tensor_parallel, "gpu-memory-utilization": recipe.vllm.memory_share,
-        "shutdown-timeout": 60}  # by default requests in flight when it is told to end are never answered, and it does not end
+        "shutdown-timeout": 300}  # by default requests in flight when it is told to end are never answered, and it does not end
     if os.environ.get("LWZ_RM_TOKEN"):
         flags["middleware"] = f"{__name__}.AskForToken"
     given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
