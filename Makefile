@@ -40,7 +40,8 @@ $(VENV)-zero/.ready: $(VENV)/.ready
 
 zero: setup $(VENV)-zero/.ready  ## test DeepSpeed ZeRO-2 and -3 on CPU, beside the environment that must do without it
 	PATH=$(abspath $(VENV)-zero/bin):$(abspath $(BIN)):$$PATH LWZ_REQUIRE_DEEPSPEED=1 \
-		$(VENV)-zero/bin/python -m pytest -q -rs tests/pipeline/test_ranks.py -k zero_learns
+		$(VENV)-zero/bin/python -m pytest -q -rs tests/pipeline/test_zero.py tests/pipeline/test_arguments.py \
+		-k 'zero or deepspeed_'
 
 figures: $(VENV)/.ready  ## redraw every figure from the committed rows into figures/out
 	$(BIN)/lwz figures

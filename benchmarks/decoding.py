@@ -20,7 +20,7 @@ from lwzlib.base.provenance import provenance
 from lwzlib.base.recipe import Recipe, load_recipe
 from lwzlib.base.trainers import load_policy, lora_config
 from lwzlib.method import grpo
-from lwzlib.pipeline.launch import MALLOC
+from lwzlib.pipeline.launch import of_processes
 
 HERE = Path(__file__).resolve().parent
 BATCHES = (1, 8, 16, 32)
@@ -76,6 +76,6 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    if not MALLOC.items() <= os.environ.items():  # read at the start of a process only: as stages have it
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+    if not of_processes().items() <= os.environ.items():  # read at the start of a process only: as stages have it
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | of_processes())
     main(options.recipe, options.tokens, options.rounds)

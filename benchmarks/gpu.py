@@ -1,9 +1,9 @@
 """GRPO on one GPU with the embedded model: real runs of both arms, plain TRL beside the kit, growth with the length.
 
-`runs`: base-nothink and base-think, three rewards, from the cold start and the Writing RM that the recipe trains; each step's
+`run`: base-nothink and base-think, three rewards, from the cold start and the Writing RM that the recipe trains; each step's
 seconds by part, tokens a second and peak memory. `against`: the kit's trainer and TRL's own take turns on the same work, every
 completion forced to its full length. `growth`: the kit's trainer, forced lengths up to 14,000 tokens. Rows go to one CSV with
-their provenance; what it holds already is not measured again.
+their provenance; what it holds already is not measured again, and a `run` that was stopped goes on after its last step.
 
     bash benchmarks/gpu.sh run          on a GPU
     bash benchmarks/gpu.sh dry FOLDER   the same code in small, on a CPU, with a random model: shows only that it runs
@@ -13,6 +13,7 @@ import argparse
 import gc
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -24,8 +25,9 @@ from lwzlib.base.kit import TINY, prepare
 from lwzlib.base.provenance import provenance
 from lwzlib.base.recipe import Recipe, load_recipe
 from lwzlib.base.run_folder import Run
-from lwzlib.base.trainers import load_policy, lora_config, save_trained, train_to_end
+from lwzlib.base.trainers import last_checkpoint, load_trainee, lora_config, save_trained, train_to_end
 from lwzlib.method import grpo
+from lwzlib.method.advantage import Fusion
 from lwzlib.method.rewards import build_rewards
 from lwzlib.pipeline.launch import launch
 from lwzlib.pipeline.stages import stage_run
@@ -33,8 +35,9 @@ from lwzlib.pipeline.stages import stage_run
 SEED, ARMS = 0, ("base-nothink", "base-think")
 KINDS = {"kit": grpo.LongWriterGRPOTrainer, "trl": GRPOTrainer}
 COMMON = {"launch": "inline", "grpo.kept_completions_per_step": 0, "data.train": "kit:train", "evaluation.every_steps": 0,
-          "reward.length.max_words": 14_000, "model.attention": "sdpa"}
-REAL = {"recipe": "nano", "steps": 100, "tokens": (1024, 4096), "fixed_tokens": 1024, "fixed_steps": 6, "growth_steps": 3,
+          "reward.length.max_words": 14_000, "model.attention": "sdpa",
+          "grpo.checkpoint_every_steps": 1}  # between steps: no step's seconds have it
+REAL = {"recipe": "nano", "steps": 10, "tokens": (1024, 4096), "fixed_tokens": 1024, "fixed_steps": 6, "growth_steps": 3,
         "growth": (256, 512, 1024, 2048, 4096, 8192, 14_000),
         "sets": {"grpo.queries_per_step": 4, "grpo.micro_batch_completions": 4}}
 DRY = {"recipe": "smoke", "steps": 2, "tokens": (8, 16), "fixed_tokens": 8, "fixed_steps": 2, "growth_steps": 2,
@@ -57,10 +60,11 @@ def peak_gib() -> float:
 
 
 class Parts(TrainerCallback):
-    """A row a step: seconds of writing and of the rewards, of the whole step, peak memory, mean tokens of its completions."""
+    """Hands `keep` a row a step: seconds of writing and of the rewards, of the whole step, peak memory, mean tokens of its
+    completions."""
 
-    def __init__(self, trainer: GRPOTrainer):
-        self.rows, self.seconds = [], {}
+    def __init__(self, trainer: GRPOTrainer, keep: Callable[[dict], None]):
+        self.keep, self.row, self.seconds = keep, {}, {}
         for part, name in (("write_s", "_generate_single_turn"), ("reward_s", "_calculate_rewards")):
             setattr(trainer, name, self.timed(part, getattr(trainer, name)))
         trainer.add_callback(self)
@@ -80,27 +84,30 @@ class Parts(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         step_s = now() - self.began
-        self.rows.append({"step": state.global_step, "step_s": step_s, **self.seconds,
-                          "update_s": step_s - sum(self.seconds.values()), "peak_gib": peak_gib()})
+        self.row = {"step": state.global_step, "step_s": step_s, **self.seconds,
+                    "update_s": step_s - sum(self.seconds.values()), "peak_gib": peak_gib()}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             tokens = float(logs["completions/mean_length"])
-            self.rows[-1] |= {"mean_tokens": tokens, "completions": args.generation_batch_size,
-                              "tokens_per_s": tokens * args.generation_batch_size / self.rows[-1]["step_s"]}
+            self.keep(self.row | {"mean_tokens": tokens, "completions": args.generation_batch_size,
+                                  "tokens_per_s": tokens * args.generation_batch_size / self.row["step_s"]})
 
 
 def run_of(made: Recipe, folder: Path, arm: str) -> list[dict]:
-    """A real run of an arm, after the stages it needs; every completion ends where it ends."""
+    """A real run of an arm, after the stages it needs; every completion ends where it ends. It goes on from its checkpoint."""
     launch("cold-start", made, folder.parent, SEED)
     launch("writing-rm", made, folder.parent, SEED)
     run = stage_run("grpo", made, folder, SEED, arm)
+    if run.finished:
+        return run.rows("parts")
     with run.work():
+        last = last_checkpoint(run, "metrics", "parts")
         trainer = grpo.trainer(made.for_arm(arm), run, arm, str(folder.parent / "cold-start" / "model"),
                                str(folder.parent / "writing-rm" / "model"))
-        parts = Parts(trainer)
-        save_trained(train_to_end(trainer), trainer, run)
-    return parts.rows
+        Parts(trainer, lambda row: run.append("parts", row))
+        save_trained(train_to_end(trainer, last), trainer, run)
+    return run.rows("parts")
 
 
 def fixed(kind: str, made: Recipe, folder: Path) -> list[dict]:
@@ -111,13 +118,14 @@ def fixed(kind: str, made: Recipe, folder: Path) -> list[dict]:
     scorers = build_rewards(made, str(folder.parent / "writing-rm" / "model"))
     args = grpo.config(made, run, list(scorers))
     args.save_strategy, args.generation_kwargs = "no", {"min_new_tokens": made.grpo.sampling.max_new_tokens}
-    model, tokenizer = load_policy(made, made.model.name)
+    model, tokenizer = load_trainee(made, made.model.name, made.grpo.lora)
     trainer = KINDS[kind](model, list(scorers.values()), args=args, processing_class=tokenizer,
                           train_dataset=grpo.dataset(made, "direct", tokenizer), peft_config=lora_config(made.grpo.lora),
-                          **({"advantage": made.grpo.advantage} if kind == "kit" else {}))
-    parts = Parts(trainer)
+                          **({"fusion": Fusion.of(made)} if kind == "kit" else {}))
+    rows: list[dict] = []
+    Parts(trainer, rows.append)
     train_to_end(trainer)
-    return parts.rows
+    return rows
 
 
 def measurements(asked: dict, folder: Path):

@@ -20,6 +20,19 @@ bundle)
     du -sh "$bundle"
     ;;
 run)
+    wrong=()
+    command -v git >/dev/null || wrong+=("no git: the rows would not name their commit (apt-get install git)")
+    [ -n "${CC:-}" ] || command -v gcc >/dev/null || command -v clang >/dev/null ||
+        wrong+=("no C compiler, which Triton wants (apt-get install gcc)")
+    header=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h
+    [ -f "$header" ] || wrong+=("no $header, which Triton wants (apt-get install python3-dev)")
+    gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true)
+    [ "$gpus" -lt 2 ] || [[ ${CUDA_VISIBLE_DEVICES:-,} != *,* ]] ||
+        wrong+=("$gpus GPUs are visible, and TRL takes one in one process: set CUDA_VISIBLE_DEVICES=0")
+    if [ ${#wrong[@]} -gt 0 ]; then
+        printf 'gpu.sh: %s\n' "${wrong[@]}" >&2
+        exit 2
+    fi
     if [ -d "$bundle" ]; then
         [ -x .venv-gpu/bin/python ] || python3 -m venv --system-site-packages .venv-gpu
         .venv-gpu/bin/python -m pip install --quiet --no-index --no-deps --find-links "$bundle/wheels" -r "$bundle/requirements.txt"

@@ -11,6 +11,7 @@ sentences once, in one call, and does nothing else.
 
 import argparse
 import dataclasses
+import itertools
 import random
 import re
 import statistics
@@ -26,6 +27,7 @@ from lwzlib.method.rewards import build_rewards
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("honest", "one paragraph repeated", "repeated, a word changed per sentence")
+ADVERSARIAL = ("combining marks on one letter", "alike sentences of 39 words", "one giant line")
 PARAGRAPH_SENTENCES = 6
 PEER_COMPLETIONS = 2
 
@@ -105,13 +107,34 @@ def growth(components, kind, words) -> float:
     return statistics.median(kit_seconds(components, one, words) for _ in range(3)) * 1e6 / words
 
 
+def adversarial(kind: str, chars: int) -> str:
+    """A completion whose answer is made to be slow: marks, alike sentences, or words without a line's end."""
+    rng, vocab = random.Random(0), vocabulary("en")
+    if kind == "combining marks on one letter":
+        answer = "a" + "\u0301" * (chars // 2) + "\u0323" * (chars // 2)
+    elif kind == "alike sentences of 39 words":
+        base = rng.choices(vocab, k=39)
+        sentences = (" ".join(rng.choice(vocab) if i in changed else word for i, word in enumerate(base)) + ". "
+                     for changed in iter(lambda: set(rng.sample(range(39), 12)), None))
+        answer = "".join(itertools.islice(sentences, chars // len(" ".join(base))))
+    else:
+        answer = " ".join(rng.choices(vocab, k=chars // 8))
+    return f"<think>A plan.</think><answer>{answer[:chars]}</answer>"
+
+
+def adversarial_row(components: dict, kind: str, sizes) -> str:
+    """A row of the third table: nanoseconds per character at each size, the lowest of three, and its growth."""
+    costs = [min(kit_seconds(components, [adversarial(kind, n)], 1000) for _ in range(3)) * 1e9 / n for n in sizes]
+    return f"| {kind} | " + " | ".join(f"{cost:.0f}" for cost in costs) + f" | {costs[-1] / costs[0]:.2f} |"
+
+
 def semantic(components, words, count) -> str:
-    """A row of the third table."""
+    """A row of the last table."""
     completions = complete("en", KINDS[0], words, count)
     ours = kit_seconds(components, completions, words)
     counted = [text.count_passages(text.parse(c, "think").answer) for c in completions]
     runs_ = [" ".join(passages[i][0] for i in run) for passages in counted
-             for run in overlap.runs_of(*map(list, zip(*passages, strict=True)))]
+             for run in overlap.runs_of([count for _, count in passages])]
     start = time.perf_counter()
     embed(runs_, components["format"].encoder)
     alone = time.perf_counter() - start
@@ -135,6 +158,10 @@ def main(quick: bool) -> None:
     lines += ["", "Growth of one English completion's time, microseconds per word (median of 3):", "",
               "| words | " + " | ".join(KINDS) + " |", "|--:|" + "--:|" * len(KINDS)]
     lines += [f"| {n:,} | " + " | ".join(f"{growth(components, kind, n):.1f}" for kind in KINDS) + " |" for n in sizes]
+    chars = [n * 5 for n in sizes] if quick else [125_000, 250_000, 500_000, 1_000_000]
+    lines += ["", "Adversarial texts: nanoseconds per character of one completion (lowest of 3), and their growth.", "",
+              "| text | " + " | ".join(f"{n:,} characters" for n in chars) + " | growth |", "|---|" + "--:|" * (len(chars) + 1)]
+    lines += [adversarial_row(components, kind, chars) for kind in ADVERSARIAL]
     embed(["warm up"], both["format"].encoder)
     lines += ["", "With the semantic signal, English, honest: length and format rewards against embedding each run once.", "",
               "| words | completions | runs | rewards, s | embedding alone, s | ratio | rewards, microseconds per word |",

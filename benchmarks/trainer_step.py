@@ -22,8 +22,9 @@ from trl import GRPOTrainer
 from lwzlib.base.provenance import provenance
 from lwzlib.base.recipe import Recipe, load_recipe
 from lwzlib.base.run_folder import Run
-from lwzlib.base.trainers import load_policy, lora_config, train_to_end
+from lwzlib.base.trainers import load_trainee, lora_config, train_to_end
 from lwzlib.method import grpo
+from lwzlib.method.advantage import Fusion
 from lwzlib.method.rewards import build_rewards
 
 HERE = Path(__file__).resolve().parent
@@ -42,7 +43,7 @@ class StepEnds(TrainerCallback):
 
 def build(kind: type, made: Recipe, run: Run, ends: StepEnds) -> GRPOTrainer:
     set_seed(SEED)
-    model, tokenizer = load_policy(made, made.model.name)
+    model, tokenizer = load_trainee(made, made.model.name, made.grpo.lora)
     components = build_rewards(made)
     args = grpo.config(made, run, list(components))
     args.save_strategy = "no"
@@ -51,7 +52,7 @@ def build(kind: type, made: Recipe, run: Run, ends: StepEnds) -> GRPOTrainer:
     extra = {}
     if kind is grpo.LongWriterGRPOTrainer:
         kept = made.grpo.kept_completions_per_step
-        extra = {"advantage": made.grpo.advantage, "keep": lambda rows: run.append("completions", *rows[:kept])}
+        extra = {"fusion": Fusion.of(made), "keep": lambda rows: run.append("completions", *rows[:kept])}
     return kind(
         model, list(components.values()), args=args, processing_class=tokenizer,
         train_dataset=grpo.dataset(made, style, tokenizer), callbacks=[ends],

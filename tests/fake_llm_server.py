@@ -2,7 +2,9 @@
 
 PUT /script says what is said: {part of a prompt: [turn, ...]}, first part that fits, one turn after the other, the last
 again and again. A turn is {text, status, headers, delay_s, finish, usage, raw}; `raw` is a body as it is, and {auth} in a
-text the Authorization header. Each request becomes a line of FOLDER/requests.jsonl as it comes.
+text the Authorization header. Where a stream is asked for: {pieces, end}, pieces being texts or whole deltas, and `end` what
+comes after them: `breaks` (the connection) or `never` (" more", again and again). Each request becomes a line of
+FOLDER/requests.jsonl as it comes.
 """
 
 import asyncio
@@ -53,7 +55,7 @@ def running(folder):
 def main(folder):
     import uvicorn
     from starlette.applications import Starlette
-    from starlette.responses import JSONResponse, Response
+    from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
     script, busy, log = {}, [], folder / "requests.jsonl"
@@ -64,6 +66,26 @@ def main(folder):
         script.update(await request.json())
         log.write_text("")
         return Response()
+
+    async def streamed(turn, body):
+        def event(piece, finish=None):
+            said = {"text": piece} if "prompt" in body else {"delta": piece if isinstance(piece, dict) else {"content": piece}}
+            return f"data: {json.dumps({'choices': [said | {'index': 0, 'finish_reason': finish}]})}\n\n"
+
+        for piece in turn.get("pieces", [turn.get("text", "")]):
+            yield event(piece)
+        while turn.get("end") == "never":
+            yield event(" more")
+            await asyncio.sleep(0.01)
+        if turn.get("end") == "breaks":
+            raise ConnectionError("on purpose")
+        yield event("", turn.get("finish", "stop"))
+        if body.get("stream_options", {}).get("include_usage"):
+            yield f"data: {json.dumps({'choices': [], 'usage': turn.get('usage', USAGE)})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def models(request):
+        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in ("m", "other")]})
 
     async def complete(request):
         body, auth = await request.json(), request.headers.get("Authorization", "")
@@ -82,13 +104,15 @@ def main(folder):
             return Response(turn["raw"], status, media_type="text/html")
         if status != 200:
             return JSONResponse({"error": {"message": text.replace("{auth}", auth)}}, status, turn.get("headers"))
+        if body.get("stream"):
+            return StreamingResponse(streamed(turn, body), media_type="text/event-stream")
         said = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
         return JSONResponse({"choices": [said | {"index": 0, "finish_reason": turn.get("finish", "stop")}],
                              "usage": turn.get("usage", USAGE)})
 
     uvicorn.run(Starlette(routes=[
         Route("/v1/script", set_script, methods=["PUT"]), Route("/v1/chat/completions", complete, methods=["POST"]),
-        Route("/v1/completions", complete, methods=["POST"])]), port=0, access_log=False)
+        Route("/v1/completions", complete, methods=["POST"]), Route("/v1/models", models)]), port=0, access_log=False)
 
 
 if __name__ == "__main__":

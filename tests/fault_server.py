@@ -1,7 +1,7 @@
 """A judge that fails on purpose: an OpenAI-compatible server in which a share of the requests meets 429, 500, silence, a body
-that breaks off, text that is no JSON, or a score out of range. `python fault_server.py FOLDER SHARE`; which request meets what
-follows from what it asks and how often that was asked. FOLDER/log.jsonl has a line for each: what was asked (a hash), its
-attempt, its end."""
+that breaks off, text that is no JSON, or a score out of range. `python fault_server.py FOLDER SHARE PORT`; which request meets
+what follows from what it asks and how often that was asked, its score and its winner from what it asks alone. It lists one
+model, `fault`, and takes any. FOLDER/log.jsonl has a line for each request: what was asked (a hash), its attempt, its end."""
 
 import asyncio
 import contextlib
@@ -21,13 +21,13 @@ USAGE = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
 
 
 @contextlib.contextmanager
-def running(folder: Path, share: float):
+def running(folder: Path, share: float, port: int = 0):
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "stderr.txt"
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, __file__, folder, str(share)], stderr=file)
+        process = subprocess.Popen([sys.executable, __file__, folder, str(share), str(port)], stderr=file)
     try:
-        yield until(lambda: re.search(r"running on (http://127.0.0.1:\d+)", log.read_text()), "the server")[1] + "/v1"
+        yield until(lambda: re.search(r"running on (http://127.0.0.1:\d+)", log.read_text()), "the server", 90)[1] + "/v1"
     finally:
         process.kill()
         process.wait()
@@ -38,7 +38,7 @@ def fate(asked: str, attempt: int, time: int, share: float) -> str:
     return KINDS[int(drawn / share * len(KINDS))] if drawn < share else "answered"
 
 
-def main(folder: Path, share: float):
+def main(folder: Path, share: float, port: int):
     import uvicorn
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse, Response
@@ -58,14 +58,19 @@ def main(folder: Path, share: float):
         if end == "silence":
             await asyncio.sleep(3600)
         score = 11 if end == "out of range" else int(asked, 16) % 10 + 1
-        text = "Seven, I think." if end == "no JSON" else json.dumps({"score": score, "reason": "because"})
+        text = "Seven, I think." if end == "no JSON" else json.dumps(
+            {"score": score, "reason": "because", "winner": ("A", "B", "tie")[int(asked, 16) % 3]})
         message = {"role": "assistant", "content": text}
         body = json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": message}], "usage": USAGE})
         whole = {"Content-Length": str(len(body))}
         return Response(body[: len(body) // 2] if end == "cut body" else body, 200, whole, "application/json")
 
-    uvicorn.run(Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"])]), port=0, access_log=False)
+    async def models(request):
+        return JSONResponse({"object": "list", "data": [{"id": "fault", "object": "model"}]})
+
+    uvicorn.run(Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"]), Route("/v1/models", models)]),
+                port=port, access_log=False)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))

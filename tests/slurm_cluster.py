@@ -1,6 +1,7 @@
 """A real Slurm on this machine, for a block of code: munged, slurmctld, and two nodes with a slurmd each.
 
-A node is a network namespace behind a bridge, with its own host name: its 127.0.0.1 is not the other's, as on a cluster.
+A node is a network namespace behind a bridge, with its own host name: its 127.0.0.1 is not the other's, as on a cluster. As on
+Debian, a node's own name is 127.0.1.1 to itself, and there is no way to the outside.
 """
 
 import contextlib
@@ -115,7 +116,7 @@ class Cluster:
             command = ["mariadbd", "--no-defaults", "--user=root", "--skip-grant-tables", "--bind-address=127.0.0.1",
                        *(f"--{key}={value}" for key, value in self.database.items())]
         else:
-            inside = f"hostname {name} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {name}"
+            inside = f"hostname {name} && mount --bind {self.folder}/hosts-{name} /etc/hosts && exec slurmd -D -N {name}"
             command = ["nsenter", f"--net=/run/netns/{self._namespace(name)}", "unshare", "-m", "-u", "sh", "-c", inside]
         with (self.folder / f"{name}.out").open("ab") as log:
             self.daemons[name] = subprocess.Popen(command, env=os.environ | {"PATH": _path()}, stdout=log, stderr=log)
@@ -246,9 +247,11 @@ def _configure(cluster: Cluster, accounting: bool) -> None:
         os.mknod(devices / f"nvidia{number}", 0o20666, os.makedev(1, 3))
     (folder / "gres.conf").write_text(f"AutoDetect=off\nNodeName=node[1-2] Name=gpu File={devices}/nvidia[0-1] "
                                       "Flags=nvidia_gpu_env\n")
-    hosts = {"127.0.0.1": "localhost", f"{cluster.net}.1": host} | {
-        f"{cluster.net}.{10 + number}": node for number, node in enumerate(NODES, 1)}
-    (folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in hosts.items()))
+    addresses = {"localhost": "127.0.0.1", host: f"{cluster.net}.1"} | {
+        node: f"{cluster.net}.{10 + number}" for number, node in enumerate(NODES, 1)}
+    for node in NODES:
+        hosts = addresses | {node: "127.0.1.1"}
+        (folder / f"hosts-{node}").write_text("".join(f"{address} {name}\n" for name, address in hosts.items()))
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
     (folder / "state").mkdir()

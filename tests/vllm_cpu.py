@@ -52,7 +52,7 @@ def _make(folder: Path, python: Path) -> None:
 
 
 @contextlib.contextmanager
-def serving(python: Path, model: str = SMOLLM2, name: str = "smollm2", start_s: float = 400):
+def serving(python: Path, model: str = SMOLLM2, name: str = "smollm2", start_s: float = 800):
     """The server's /v1 address; it ends with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -18,7 +18,7 @@ _MULTINOMIAL = torch.multinomial
 
 def computed_in(dtype: str) -> str:
     """`dtype`, but float32 on a machine that has neither a GPU nor a bfloat16 product (a CPU with AVX2 alone): torch works such
-    a product out number by number, 6 times slower than in float32 (a forward pass) to 180 times (the head's gradient)."""
+    a product out number by number, many times slower than in float32 (`benchmarks/bfloat16.py`)."""
     return dtype if torch.cuda.is_available() or _has_bfloat16() else "float32"
 
 
@@ -26,13 +26,14 @@ def _has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def speed_up(model) -> None:
-    """Make `model.generate` of transformers, and so a trainer's or an adapter's, work in a block of `faster`."""
+def speed_up(model, tokenizer) -> None:
+    """Make `model.generate` of transformers, and so a trainer's or an adapter's, work in a block of `faster`, and give it the
+    tokenizer, without which it takes no stop string."""
     plain = model.generate
 
     def generate(*args, **kwargs):
         with faster(model):
-            return plain(*args, **kwargs)
+            return plain(*args, **{"tokenizer": tokenizer} | kwargs)
 
     model.generate = generate
 

@@ -32,6 +32,7 @@ _WHEELS = {
     LONGBENCH: ("evalscope==1.14.1", "evalscope/third_party/longbench_write/resources/",
                 "ae4bb15908862d6ae22c9ffe2af3c11e8f446a0ea798912870178f4347ef90c4"),
 }
+ON_HUB = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the same weights, before quantisation
 PARTS = tuple(_WHEELS)  # what `lwz prepare` makes
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The GGUF names <|im_start|> as the end of a text and no padding; with that, generation never stops.

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from lwzlib.base.paths import DOCS
-from lwzlib.base.recipe import departures, flatten, load_recipe, recipe_path
+from lwzlib.base.recipe import departures, flatten, is_open, load_recipe, recipe_path
 
 PAGE = DOCS / "departures.md"
 _TABLE = re.compile(r"(<!-- table: (?P<kind>not published|[\w-]+): (?P<sections>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -31,10 +31,11 @@ def reasons(source: str | Path) -> dict[str, str]:
 def _walk(node: yaml.MappingNode, comments: dict[int, str], prefix: str = "", above: str = "") -> Iterator[tuple[str, str]]:
     for key, value in node.value:
         comment = comments.get(key.start_mark.line, above)
-        if isinstance(value, yaml.MappingNode):
-            yield from _walk(value, comments, f"{prefix}{key.value}.", comment)
+        name = prefix + key.value
+        if isinstance(value, yaml.MappingNode) and not is_open(name):
+            yield from _walk(value, comments, f"{name}.", comment)
         else:
-            yield prefix + key.value, comment
+            yield name, comment
 
 
 def published_marks() -> dict[str, tuple[str, str]]:
@@ -49,17 +50,20 @@ def table_rows(kind: str, sections: list[str]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]]
     if kind == "not published":
         values = flatten(load_recipe("paper").model_dump())
-        rows = [(name, _shown(values.get(name)), note) for name, (mark, note) in published_marks().items() if mark == "N"]
+        rows = [(name, shown(values.get(name)), note) for name, (mark, note) in published_marks().items() if mark == "N"]
     else:
         why = reasons(kind)
-        rows = [(name, _shown(published), _shown(here), why.get(name, ""))
+        rows = [(name, shown(published), shown(here), why.get(name, ""))
                 for name, published, here in departures(load_recipe(kind))]
     return [row for row in rows if row[0].split(".")[0] in sections]
 
 
-def _shown(value) -> str:
-    if value in ("", [], None):
+def shown(value) -> str:
+    """A quantity's value in a table."""
+    if value in ("", [], {}, None):
         return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {shown(of_name)}" for name, of_name in value.items())
     if isinstance(value, list) and isinstance(value[0], dict):
         return "; ".join(f"{row['at']} ({row['language']}, {row['weight']:g})" for row in value)
     return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,7 @@
-"""Arguments for TRL's trainers that follow from where a recipe runs: gradient accumulation, DeepSpeed ZeRO, vLLM."""
+"""What follows from where a recipe runs: gradient accumulation, DeepSpeed ZeRO, vLLM; and work dealt out over processes."""
 
 import os
+from collections.abc import Callable, Sequence
 
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError
@@ -20,6 +21,18 @@ def vllm_arguments(recipe: Recipe) -> dict:
         raise RunError("vllm.mode is server, and no server was started: start the stage with lwzlib.pipeline.launch.launch")
     return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": os.environ[URL],
             "vllm_group_port": int(os.environ[_PORT]), "vllm_server_timeout": float(recipe.distributed.start_s)}
+
+
+def context_tokens(prompts: Sequence[str], tokenizer, max_new_tokens: int) -> int:
+    """Tokens of the longest prompt with its completion. vLLM keeps room for a whole context, and that of a model may be far
+    longer."""
+    return max(map(len, tokenizer(list(prompts)).input_ids)) + max_new_tokens
+
+
+def with_context(args, dataset, tokenizer):
+    """The dataset of GRPO, whose longest prompt sets the context of a colocated vLLM in TRL's `args`."""
+    args.vllm_max_model_length = context_tokens(dataset["prompt"], tokenizer, args.max_completion_length)
+    return dataset
 
 
 def accumulation(recipe: Recipe, processes: int) -> int:
@@ -44,4 +57,18 @@ def deepspeed_config(recipe: Recipe) -> dict | None:
         if offloaded:
             zero[f"offload_{part}"] = {"device": "cpu", "pin_memory": True}
     return {"zero_optimization": zero, "bf16": {"enabled": recipe.model.dtype == "bfloat16"}, "gradient_clipping": "auto",
+            "data_types": {"grad_accum_dtype": "fp32"},  # else micro-batches are summed in the weights' dtype
             "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+
+
+def dealt(items: list, do: Callable[[list], list]) -> list:
+    """Results of `do`(items), one for each item and in order. Each process does its share; all of them do as many, so the last
+    item may be done again: a forward pass of a sharded model is one of all processes at once. Every process must call it."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState()
+    rounds = -(-len(items) // state.num_processes)
+    filled = items + items[-1:] * (rounds * state.num_processes - len(items))
+    results = gather_object([do(filled[state.process_index :: state.num_processes])])
+    return [results[i % state.num_processes][i // state.num_processes] for i in range(len(items))]

@@ -1,5 +1,6 @@
 """A policy: a model by name, or a snapshot that RL kept of one."""
 
+import gc
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,12 @@ class Policy(NamedTuple):
         """Folder that vLLM can load; a snapshot that is an adapter is merged into its model, in the folder of the run."""
         if not (Path(self.name) / "adapter_config.json").is_file():
             return resolve(self.name)
+        import torch
+
         merged = run.folder / ".policy"
         for part in self.load(recipe):
             part.save_pretrained(merged)
+        del part
+        gc.collect()
+        torch.cuda.empty_cache()  # vLLM wants the room, in a process of its own
         return str(merged)

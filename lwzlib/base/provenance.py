@@ -1,15 +1,19 @@
 """What made a result: commit, package versions, hardware, time."""
 
 import contextlib
+import functools
 import importlib.metadata
+import json
 import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
-from lwzlib.base.paths import ROOT
+from lwzlib.base.paths import CHECKOUT, ROOT
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy")
 _CODE = ("lwzlib", "recipes", "notebooks", "pyproject.toml", "constraints.txt")  # what can change a result
@@ -24,8 +28,11 @@ def commit_of(made: dict) -> str | None:
 
 
 def provenance() -> dict:
-    """The content of a new `provenance.json`; commit and changes are None outside a repository."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE)
+    """The content of a new `provenance.json`; commit and changes are None where they are not known. Where the kit is installed,
+    the commit is the one that pip recorded (`pip install git+...`), never that of a repository around it."""
+    commit, changes = _installed_commit(), None
+    if CHECKOUT:
+        commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE)
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -35,9 +42,27 @@ def provenance() -> dict:
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
+def _installed_commit() -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        origin = importlib.metadata.distribution("lwzlib").read_text("direct_url.json")
+        return json.loads(origin or "{}").get("vcs_info", {}).get("commit_id")
+    return None
+
+
 def _git(*words: str) -> str | None:
+    if not _git_installed():
+        return None
     done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.cache
+def _git_installed() -> bool:
+    """Whether git is on PATH; says once what a machine without it costs."""
+    if not shutil.which("git"):
+        print("git is not installed: the commit that makes these results stays unknown", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def hardware() -> str:

@@ -1,12 +1,23 @@
 """Quantities of a recipe, section by section: types, bounds, and the meaning where the name does not say it."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lwzlib.base import trl_knobs
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Temperature = Annotated[float, Field(ge=0, le=2)]  # of the softmax; 0 = greedy
+
+
+def nearest_name(name: str, valid: Iterable[str]) -> str:
+    """End of an error that says what was probably meant; "" if no valid name is like it."""
+    near = difflib.get_close_matches(name, map(str, valid), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Section(BaseModel):
@@ -47,13 +58,7 @@ class ColdStart(Section):
     learning_rate: Rate
     batch_documents: Positive
     max_new_tokens: Positive
-    temperature: Annotated[float, Field(gt=0, le=2)]
-
-
-class LengthQuantities(Section):
-    """Quantities of the length reward."""
-
-    max_words: Positive  # `max` in the formula of the reward
+    temperature: Temperature
 
 
 class Lora(Section):
@@ -89,47 +94,10 @@ class WritingRM(Section):
     checkpoint_every_steps: Positive
 
 
-class WritingQuantities(Section):
-    """Quantities of the writing reward: the Writing RM, and where it scores."""
-
-    model: str  # Writing RM: a folder that holds one, or `stage` for the one that this recipe trains
-    url: str  # Address of a running `lwz serve-rm`; empty = score in the trainer's process
-    patience_s: Positive  # Waiting time for a silent server
-
-
-class FormatQuantities(Section):
-    """Quantities of the format reward; the paper publishes neither the metric of repetition nor a threshold."""
-
-    min_plan_words: Count  # Smallest length of a plan; with a shorter think segment the form is not exact
-    encoder: str  # Sentence encoder of the semantic signal; empty = lexical signal alone
-    encoder_languages: list[Literal["en", "zh"]]
-    same_meaning: Annotated[float, Field(gt=0, le=1)]  # Cosine from which two runs of sentences say the same
-    partial_credit: Annotated[float, Field(ge=0, lt=0.25)]  # Reward per tag, up to the first out of place; 0 = exact form only
-    near_duplicate: Annotated[float, Field(gt=0, le=1)]  # Jaccard similarity from which two passages are duplicates
-    tolerated_repetition: Annotated[float, Field(ge=0, lt=1)]  # Share of words that may repeat without penalty
-
-
-class Weights(Section):
-    """Weights of the rewards in the advantage; a reward of weight 0 is not computed."""
-
-    length: Annotated[float, Field(ge=0)]
-    writing: Annotated[float, Field(ge=0)]
-    format: Annotated[float, Field(ge=0)]
-
-
-class Reward(Section):
-    """Rewards that `grpo` maximises; `distil` chooses by them, and they score the samples of an arm."""
-
-    length: LengthQuantities
-    writing: WritingQuantities
-    format: FormatQuantities
-    weights: Weights
-
-
 class Sampling(Section):
     """Sampling of completions in `grpo` (and so in `distil`), and for the samples of an arm."""
 
-    temperature: Annotated[float, Field(gt=0, le=2)]
+    temperature: Temperature
     top_p: Rate
     max_new_tokens: Positive
 
@@ -137,7 +105,6 @@ class Sampling(Section):
 class Decoding(Sampling):
     """Decoding of completions for an evaluation: each benchmark has its own."""
 
-    temperature: Annotated[float, Field(ge=0, le=2)]  # Temperature of the softmax; 0 = greedy
     top_k: Count = 0  # Number of tokens to choose from; 0 = all
     stop: list[str] = []  # Strings that end a completion: the first that comes
 
@@ -156,19 +123,40 @@ class Grpo(Section):
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
     clip_eps: Annotated[float, Field(gt=0, lt=1)]
     kl_beta: Annotated[float, Field(ge=0)]
-    advantage: Literal["zscore", "minmax", "sum", "gdpo"]  # Mode of `advantage.MODES`
+    kl_bias_correction: bool  # Whether TRL weighs the KL term by the ratio of probabilities; false = the classic penalty
+    importance_sampling: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]  # Correction for vLLM
+    advantage: Literal["zscore", "minmax", "sum", "gdpo", "gate"]  # Mode of `advantage.MODES`
+    advantage_clip: Annotated[float, Field(ge=0)]  # Largest size of a component's advantage, before the average; 0 = no limit
+    mask_truncated: bool  # Whether a completion that was cut off at max_new_tokens is left out of the loss
     lora: Lora
     sampling: Sampling
+    stop: list[str]  # Strings that end a completion, beside the model's own end of text
     gradient_checkpointing: bool
     checkpoint_every_steps: Positive
     kept_completions_per_step: Count
+    trl: dict[str, Any]  # Fields of TRL's GRPOConfig that no other quantity sets, such as {entropy_coef: 0.001}
 
     @model_validator(mode="after")
-    def _whole_batches(self):
+    def _groups_and_batches(self):
+        if not self.sampling.temperature:
+            raise ValueError("grpo.sampling.temperature = 0 makes all completions of a group the same; it must be above 0")
         completions = self.group_size * self.queries_per_step
         if completions % self.micro_batch_completions:
             raise ValueError(f"group_size * queries_per_step = {completions} completions a step cannot be cut into "
                              f"micro-batches of {self.micro_batch_completions}; give a divisor of {completions}")
+        return self
+
+    @model_validator(mode="after")
+    def _fields_of_trl(self):
+        for field, value in self.trl.items():
+            if field not in trl_knobs.FIELDS:
+                raise ValueError(f"grpo.trl.{field}: TRL's GRPOConfig has no such field{nearest_name(field, trl_knobs.FREE)}")
+            if problem := trl_knobs.problem(field, value):
+                raise ValueError(f"grpo.trl.{field} = {value!r}: {problem}")
+        low, high = (self.trl.get(f"vllm_importance_sampling_clip_{end}") for end in ("min", "max"))
+        if low and low >= (high or 0):
+            raise ValueError(f"grpo.trl.vllm_importance_sampling_clip_min = {low} needs a vllm_importance_sampling_clip_max "
+                             "above it")
         return self
 
 
@@ -268,31 +256,3 @@ class Arm(Section):
         if self.algorithm == "sft" and self.prompt != "direct":
             raise ValueError("an arm of algorithm sft needs prompt direct: its data hold answers, no plans")
         return self
-
-
-class Distributed(Section):
-    """Spread of the training stages over GPUs, and when they save. Not part of a fingerprint: the method is the same."""
-
-    nodes: Positive  # Number of nodes, those of vLLM servers included; more than 1 needs launch: slurm
-    processes: Positive  # Number of processes per node, one per GPU
-    zero: Literal[0, 2, 3]  # DeepSpeed ZeRO stage: 0 = off, each GPU holds all; 2 shards gradients and optimiser; 3 weights too
-    offload: Literal["none", "optimizer", "all"]  # What moves to host memory: nothing, optimiser states, weights too
-    checkpoint_every_minutes: Count  # Time between checkpoints, beside those by steps; 0 = off
-    start_s: Positive  # Time limit for nodes and servers to answer
-
-    @model_validator(mode="after")
-    def _offloaded(self):
-        if {"none": 0, "optimizer": 2, "all": 3}[self.offload] > self.zero:
-            raise ValueError(f"offload = {self.offload!r} needs a higher ZeRO stage than zero = {self.zero}")
-        return self
-
-
-class Vllm(Section):
-    """Engine that writes the completions of GRPO: transformers in the trainer, or vLLM beside it or on nodes of its own.
-    With `server`, vLLM on all nodes also writes for `distil` and for the samples of an arm."""
-
-    mode: Literal["none", "colocate", "server"]
-    nodes: Count  # Number of nodes for `server`: the last ones of distributed.nodes
-    tensor_parallel: Positive  # Number of GPUs that share one copy of the model
-    memory_share: Rate  # Share of a GPU's memory, for weights and KV cache
-    sleep: bool  # Whether `colocate` gives the memory back while training

@@ -5,13 +5,12 @@ note of the paper) or N (not published: our choice). Every other preset `extends
 what differs from the paper is computed (`departures`), never remembered.
 """
 
-import difflib
 import functools
 import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,10 +18,17 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from lwzlib.base import placement
 from lwzlib.base import quantities as q
 from lwzlib.base.paths import RECIPES
+from lwzlib.base.quantities import nearest_name
+from lwzlib.base.reward_quantities import Reward
 
-_NOT_METHOD = {"arms", "name", "launch", "distributed", "vllm"}
+_NOT_METHOD = {"arms", "name", "launch", "distributed", "vllm", "tracking"}
+_HOW_ASKED = {"api_key_env", "concurrency", "requests_per_minute", "use_proxy", "timeout_s", "usd_per_million_read",
+              "usd_per_million_written", "budget_requests", "budget_tokens"}  # what else stands in `requests` changes replies
+_NOT_RESULT: Any = {"reward": {"writing": {"url": True, "patience_s": True, "requests": _HOW_ASKED}},
+                    "tracking": True}
 
 
 class RecipeError(ValueError):
@@ -39,7 +45,7 @@ class Recipe(q.Section):
     prompt: q.Prompt
     cold_start: q.ColdStart
     writing_rm: q.WritingRM
-    reward: q.Reward
+    reward: Reward
     grpo: q.Grpo
     corpus: q.Corpus
     cot: q.Cot
@@ -47,8 +53,9 @@ class Recipe(q.Section):
     sft: q.Sft
     samples: q.Samples
     evaluation: q.Evaluation
-    distributed: q.Distributed
-    vllm: q.Vllm
+    distributed: placement.Distributed
+    vllm: placement.Vllm
+    tracking: placement.Tracking
     arms: dict[Annotated[str, Field(pattern=r"^\w[\w-]*$")], q.Arm] = Field(min_length=1)  # each is a folder's name, too
 
     @model_validator(mode="after")
@@ -71,14 +78,32 @@ class Recipe(q.Section):
         if self.launch in ("inline", "subprocess") and (where.processes > 1 or where.zero):
             raise ValueError(f"launch: {self.launch} is one process; distributed.processes = {where.processes} and "
                              f"distributed.zero = {where.zero} need launch: torchrun or slurm")
+        if self.launch == "inline" and vllm.mode == "colocate":
+            raise ValueError("launch: inline is one process for all stages, and vLLM can be colocated in it once: "
+                             "vllm.mode = 'colocate' needs launch: subprocess, torchrun or slurm")
         if (vllm.mode == "server") != (0 < vllm.nodes < where.nodes):
             raise ValueError(f"vllm.nodes = {vllm.nodes} must be 1 to {where.nodes - 1} of distributed.nodes where vllm.mode "
                              "is server, and 0 elsewhere")
         if vllm.mode != "none" and where.processes % vllm.tensor_parallel:
             raise ValueError(f"vllm.tensor_parallel = {vllm.tensor_parallel} must divide distributed.processes = "
                              f"{where.processes}: a copy of the model lies on one node")
-        if where.zero == 3 and self.grpo.lora.rank:
-            raise ValueError("distributed.zero = 3 cannot merge an adapter: give zero: 2, or grpo.lora.rank: 0")
+        adapters = [name for name in ("grpo", "sft", "writing_rm") if getattr(self, name).lora.rank]
+        if where.zero == 3 and adapters:
+            raise ValueError("distributed.zero = 3 cannot merge an adapter: give zero: 2, or "
+                             f"{', '.join(f'{name}.lora.rank: 0' for name in adapters)}")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_of_a_group(self):
+        if not (self.reward.by_language_model and self.reward.writing.judge == "pairwise") or self.reward.writing.references:
+            return self
+        if (opponents := self.reward.writing.opponents) >= self.grpo.group_size:
+            raise ValueError(f"reward.writing.opponents = {opponents} must be below grpo.group_size = {self.grpo.group_size}: "
+                             "a completion is compared with others of its group")
+        if any(map(self._takes_cot, self.arms)) and self.cot.batch_completions % self.cot.completions_per_query:
+            raise ValueError(f"cot.batch_completions = {self.cot.batch_completions} must be a multiple of "
+                             f"cot.completions_per_query = {self.cot.completions_per_query} with judge: pairwise: the answers "
+                             "to a query are compared in one batch")
         return self
 
     def _takes_cot(self, name: str) -> bool:
@@ -104,8 +129,9 @@ class Recipe(q.Section):
         return _validated(self.model_dump(), change, place) if change else self
 
     def fingerprint(self, *sections: str, **extra: Any) -> str:
-        """Hex digest of the named sections (all of them if none is named) and whatever else a result depends on."""
-        content = self.model_dump()
+        """Hex digest of the named sections (all of them if none is named), without addresses and trackers, and of what
+        else a result depends on."""
+        content = self.model_dump(exclude=_NOT_RESULT)
         chosen = {key: content[key] for key in sections or content}
         return hashlib.sha256(json.dumps([chosen, extra], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -118,11 +144,31 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> {dotted name: value}."""
+    """Nested dict -> {dotted name: value}; a table that takes any name (`grpo.trl`) is one value."""
     flat = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        nested = isinstance(value, dict) and not is_open(name)
+        flat |= flatten(value, f"{name}.") if nested else {name: value}
     return flat
+
+
+def _open_tables(section: type[q.Section], prefix: str = "") -> set[str]:
+    tables = set()
+    for name, field in section.model_fields.items():
+        if field.annotation == dict[str, Any]:
+            tables.add(prefix + name)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, q.Section):
+            tables |= _open_tables(field.annotation, f"{prefix}{name}.")
+    return tables
+
+
+_OPEN_TABLES = _open_tables(Recipe)
+
+
+def is_open(name: str) -> bool:
+    """Whether the quantity of that dotted name, of the recipe or of an arm's `change`, is a table that takes any name."""
+    return name.rpartition(".change.")[2] in _OPEN_TABLES
 
 
 def presets() -> list[str]:
@@ -162,7 +208,7 @@ def recipe_path(source: str | Path) -> Path:
 
 
 def _read(source: str | Path) -> dict:
-    return read_extending(source, recipe_path, "recipe", RecipeError, _Loader, _merge)
+    return read_extending(source, recipe_path, "recipe", RecipeError, _Loader, merge)
 
 
 def read_extending(source, find: Callable, what: str, wrong: type[Exception], loader: type, merge: Callable) -> dict:
@@ -188,12 +234,12 @@ def read_extending(source, find: Callable, what: str, wrong: type[Exception], lo
     return functools.reduce(merge, reversed(layers))
 
 
-def _merge(below: dict, above: dict) -> dict:
-    """`above` wins, section by section; a table of arms replaces the one below it."""
+def merge(below: dict, above: dict) -> dict:
+    """The two trees as one: `above` wins, section by section; a table of arms replaces the one below it."""
     merged = dict(below)
     for key, value in above.items():
         nested = isinstance(value, dict) and isinstance(below.get(key), dict) and key != "arms"
-        merged[key] = _merge(below[key], value) if nested else value
+        merged[key] = merge(below[key], value) if nested else value
     return merged
 
 
@@ -224,18 +270,14 @@ def _validated(tree: dict, changes: dict, source: str | Path) -> Recipe:
 
 def _put(tree: dict, name: str, value: Any) -> None:
     known = flatten(tree)
+    if table := next((at for at in known if is_open(at) and name.startswith(f"{at}.") and isinstance(known[at], dict)), ""):
+        name, value = table, known[table] | {name.removeprefix(f"{table}."): value}
     if name not in known and not (value is None and any(other.startswith(f"{name}.") for other in known)):
         raise RecipeError(f"no quantity {name!r} in the recipe{nearest_name(name, known)}")
     while name not in tree:  # the keys of an arm's `change` have dots themselves
         section, _, name = name.partition(".")
         tree = tree[section]
     tree[name] = value
-
-
-def nearest_name(name: str, valid: Iterable[str]) -> str:
-    """End of an error that says what was probably meant; "" if no valid name is like it."""
-    near = difflib.get_close_matches(name, map(str, valid), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _explained(problem: ErrorDetails) -> str:
@@ -245,4 +287,5 @@ def _explained(problem: ErrorDetails) -> str:
     if problem["type"] == "missing":
         return f"{name} is missing"
     given = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
-    return f"{name}{given}: {problem['msg']}"
+    said = problem["msg"].removeprefix("Value error, ")
+    return said if said.startswith(f"{name}.") else ": ".join(filter(None, (name + given, said)))

@@ -3,6 +3,9 @@
 
 Finished with the same fingerprint: loaded. Unfinished: resumed from the last whole checkpoint, with the rows cut back
 to it, so that the rows of a killed run equal those of one that was not. Another fingerprint: refused, never overwritten.
+
+A loss of power can leave files empty or full of NUL bytes. A damaged status is made anew from what lies beside it; what made
+the first rows is then unknown, and stays so; damaged rows are dropped if the last checkpoint is older, else named.
 """
 
 import contextlib
@@ -20,7 +23,20 @@ import yaml
 from lwzlib.base.processes import main_process
 from lwzlib.base.provenance import provenance
 from lwzlib.base.recipe import Recipe, flatten
-from lwzlib.base.rows import RunError, append_rows, locked, read_rows, read_yaml, write_atomic, write_rows
+from lwzlib.base.rows import (
+    DataError,
+    RunError,
+    append_rows,
+    locked,
+    read_json,
+    read_rows,
+    read_yaml,
+    rows_before_damage,
+    write_atomic,
+    write_rows,
+)
+
+_AGAIN = "remove {} and run the same command again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +68,25 @@ class Run:
 
     def check(self) -> None:
         """Raise RunError if the folder was written by another recipe, seed or input."""
-        if not (status := self.status) or status["fingerprint"] == self.fingerprint:
+        if not (status := self.status) or status.get("fingerprint") == self.fingerprint:
             return
-        theirs, ours = flatten(read_yaml(self.folder / "recipe.yaml")), flatten(self._content())
+        theirs, ours = flatten(self._kept_content()), flatten(self.content)
         changed = [f"{name} was {theirs.get(name)!r}, is {ours.get(name)!r}"
                    for name in theirs | ours if theirs.get(name) != ours.get(name)]
+        if not changed and status["state"] == "damaged":
+            return
         raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(changed[:5])}). "
                        "Choose another run_dir, or remove that folder")
 
-    def _content(self) -> dict:
+    def _kept_content(self) -> dict:
+        path = self.folder / "recipe.yaml"
+        try:
+            return dict(read_yaml(path))
+        except (OSError, ValueError, TypeError, yaml.YAMLError):
+            raise DataError(f"{path} is damaged or lost: restore it, or {_AGAIN.format(self.folder)}") from None
+
+    @property
+    def content(self) -> dict:
         """Content of `recipe.yaml`, of which the fingerprint is made."""
         content = self.recipe.model_dump(mode="json")
         return {key: content[key] for key in self.sections} | {"seed": self.seed, "inputs": self.inputs}
@@ -75,9 +101,10 @@ class Run:
         with locked(self.folder / "lock"):
             self.check()
             if not self.status:
-                write_atomic(self.folder / "recipe.yaml", yaml.safe_dump(self._content(), allow_unicode=True))
+                write_atomic(self.folder / "recipe.yaml", yaml.safe_dump(self.content, allow_unicode=True))
             self._keep(provenance())
-            self.update(state="running", pid=os.getpid(), host=platform.node())
+            rebuilt = self._last_checkpoint() if self.status.get("state") == "damaged" else {}
+            self.update(state="running", pid=os.getpid(), host=platform.node(), **rebuilt)
             started, before = time.time(), self.status.get("wall_s", 0.0)
             state = "failed"
             try:
@@ -95,13 +122,22 @@ class Run:
         other versions."""
         path = self.folder / "provenance.json"
         if self.status:
-            first = json.loads(path.read_text())
+            first = provenance_of(self.folder)
             resumed = first.get("resumed", [])
             last = [first, *resumed][-1]
             if all(last[key] == made[key] for key in ("commit", "uncommitted_changes", "versions")):
                 return
             made = first | {"resumed": [*resumed, made]}
         write_atomic(path, json.dumps(made, indent=1))
+
+    def _last_checkpoint(self) -> dict:
+        """What `status.json` says of the last checkpoint, from the folder of checkpoints; {} without a whole one."""
+        for path in sorted(self.folder.glob("checkpoints/checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+            with contextlib.suppress(OSError, DataError):  # the trainer writes this file last
+                step = read_json(path / "trainer_state.json")["global_step"]
+                print(f"{self.folder}/status.json was damaged: the stage goes on from {path.name}", flush=True)
+                return {"checkpoint": path.name, "checkpoint_step": step}
+        return {}
 
     def update(self, **changes) -> None:
         """Set keys of `status.json`, keep the others; in the main process alone. Raises RunError if the disk is full."""
@@ -124,14 +160,32 @@ class Run:
             write_rows(self.folder / f"{name}.jsonl", rows)
 
     def rewind(self, step: int, *names: str) -> None:
-        """Drop the rows that came after `step` (and a half-written last line)."""
+        """Drop the rows that came after `step`, and a half-written last line. Raises DataError if earlier rows are damaged."""
         for name in names:
-            self.write(name, [row for row in self.rows(name) if row["step"] <= step])
+            rows, damaged = rows_before_damage(self.folder / f"{name}.jsonl")
+            if damaged and step and (not rows or rows[-1]["step"] <= step):  # what is damaged may be of an earlier step
+                raise DataError(f"{self.folder / name}.jsonl, line {damaged} is damaged, and older than the last checkpoint: "
+                                f"restore the file, or {_AGAIN.format(self.folder)}")
+            self.write(name, [row for row in rows if row["step"] <= step])
 
 
 def _status(folder: Path) -> dict:
-    path = folder / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        status = read_json(folder / "status.json")
+        return status if isinstance(status, dict) else {"state": "damaged"}
+    except FileNotFoundError:
+        return {}
+    except DataError:
+        return {"state": "damaged"}
+
+
+def provenance_of(folder: Path) -> dict:
+    """The `provenance.json` of a stage; with nothing known in it where the file is damaged or lost."""
+    try:
+        return read_json(folder / "provenance.json")
+    except (FileNotFoundError, DataError):
+        return {"commit": None, "uncommitted_changes": None, "versions": {}, "python": "unknown", "hardware": "unknown",
+                "started": ""}
 
 
 def status_of(folder: Path) -> dict:
@@ -143,3 +197,8 @@ def status_of(folder: Path) -> dict:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kind of lock that filelock takes
             status["state"] = "killed"
     return status
+
+
+def stage_folders(root: str | Path) -> list[Path]:
+    """Folders of the stages that were started in a run folder, and of those that it shares with another."""
+    return [path.parent for pattern in ("*/status.json", "*/*/status.json") for path in sorted(Path(root).glob(pattern))]

@@ -1,7 +1,8 @@
-"""The command `lwz doctor`: what this machine has, what a missing part disables, and how to mend it."""
+"""The command `lwz doctor`: what this machine has, what a missing part disables, how to mend it; whether a recipe can run."""
 
 import importlib.metadata
 import shutil
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -9,16 +10,21 @@ from rich.table import Table
 
 from lwzlib.base.kit import PARTS, cache, is_prepared
 from lwzlib.base.paths import TEXTS
+from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import read_yaml
-from lwzlib.cli.options import out
+from lwzlib.cli.options import Overrides, out, say
 
 app = typer.Typer()
 _PROGRAMS = {"Slurm": "sbatch", "Chromium": "chromium"}
 
 
 @app.command()
-def doctor():
-    """Say what is missing, what that disables, and how to mend it. Exit code 1 if the nano recipe cannot run."""
+def doctor(recipe: Annotated[str | None, typer.Argument(help="Check what this one needs.")] = None,
+           sets: Overrides = None):
+    """Say what is missing, what that disables, and how to mend it; with RECIPE, whether it can run (launch: slurm: on the
+    nodes that the profile asks for). Exit code 1 if it cannot; without RECIPE, if nano cannot."""
+    if recipe:
+        raise typer.Exit(int(not _can_run(recipe, sets)))
     table, missing, parts = Table("", "part", "found", "without it", "how to mend"), set(), read_yaml(TEXTS / "doctor.yaml")
     for part, (disables, mend) in (parts["needed"] | parts["useful"]).items():
         if place := _place(part):
@@ -28,6 +34,21 @@ def doctor():
             table.add_row("--", part, "no", disables, escape(mend))
     out.print(table)
     raise typer.Exit(int(bool(missing & set(parts["needed"]))))
+
+
+def _can_run(name: str, sets: list[str] | None) -> bool:
+    """Show each check of a recipe, and in one line whether it can run."""
+    from lwzlib.cluster import readiness
+
+    recipe, table, why = load_recipe(name, sets), Table("", "check", "what is wrong"), []
+    place = readiness.place_of(recipe)
+    for check, look in readiness.CHECKS.items():
+        reason = look(recipe, place)
+        table.add_row("" if reason is None else "--" if reason else "ok", check, escape(reason or ""))
+        why += [reason] if reason and check not in readiness.HARMLESS else []
+    out.print(table)
+    say(f"recipe {name} " + (f"cannot run here: {'; '.join(why)}" if why else "can run here"), markup=False)
+    return not why
 
 
 def _place(part: str) -> str:

@@ -1,6 +1,7 @@
 """Commands of the evaluations, under `lwz`: generate, judge, aggregate, arena, elo, rate, unblind."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,11 +9,12 @@ import typer
 from rich.table import Table
 
 from lwzlib.base.recipe import parse_overrides
-from lwzlib.base.rows import DataError, read_rows, write_rows
+from lwzlib.base.rows import DataError, read_rows, write_atomic, write_rows
 from lwzlib.cli.options import KeyEnv, Requests, endpoint, out, say
 from lwzlib.evaluate import TIE_MARGIN, rating_sheet
 
 app = typer.Typer()
+_BESIDE = (".replies.jsonl", ".missing.jsonl", ".rows.jsonl")  # what stands beside a file of scores or responses
 Bench = Annotated[str, typer.Argument(help="writingbench or longbench.")]
 Source = Annotated[str, typer.Option(help="The benchmark's file or hub:<dataset>, where the kit does not bring it along.")]
 RunDir = Annotated[Path, typer.Argument(help="A run folder whose arms have held-out samples.")]
@@ -68,18 +70,42 @@ def judge(bench: Bench, responses: Path, to: Annotated[Path, typer.Option(help="
 @app.command()
 def aggregate(bench: Bench, scores: Path, source: Source = "",
               responses: Annotated[Path | None, typer.Option(help="For LongBench-Write's length score.")] = None,
-              requirements: Requirements = ""):
-    """A score file's table, with 95% intervals over queries: the benchmark's scores and those of its parts."""
+              requirements: Requirements = "",
+              to: Annotated[Path | None, typer.Option(help="Also write the table, unrounded: a .csv or .json file.")] = None):
+    """A score file's table, with 95% intervals over queries: the benchmark's scores and those of its parts. SCORES may be a
+    folder of score files, one per model."""
+    import pandas as pd
+
     from lwzlib.evaluate import common
 
+    if to and to.suffix not in (".csv", ".json"):
+        raise DataError(f"--to {to}: must end in .csv or .json")
     module, items = _protocol(bench, source)
-    item_scores = module.read_scores(scores, items)
-    if bench == "writingbench":
-        parts = module.read_requirements(requirements, items) if requirements else None
-        table = module.score_table(items, item_scores, parts)
-    else:
-        table = module.score_table(items, common.read_responses(responses, items) if responses else {}, item_scores)
-    say(f"{bench}: {scores}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")
+    files = [scores]
+    if scores.is_dir():
+        files = [path for path in sorted(scores.glob("[!.]*.jsonl")) if not path.name.endswith(_BESIDE)]
+    if not files:
+        raise DataError(f"folder {scores} holds no score file (.jsonl)")
+    if responses and scores.is_dir():
+        raise DataError(f"--responses {responses} belongs to one score file, and {scores} is a folder: take them one by one")
+    tables = []
+    for file in files:
+        notes: list[str] = []
+        item_scores = module.read_scores(file, items, notes)
+        if bench == "writingbench":
+            further = module.read_requirements(requirements, items) if requirements else None
+            table = module.score_table(items, item_scores, further)
+        else:
+            table = module.score_table(items, common.read_responses(responses, items) if responses else {}, item_scores)
+        say(f"{bench}: {file}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")
+        say(*[f"note: {note}\n" for note in (*notes, *module.notes_on(items, item_scores))], sep="", end="")
+        tables.append(table.assign(file=file.name))
+    if to:
+        whole = pd.concat(tables, ignore_index=True)
+        records = whole.astype(object).where(whole.notna(), None).to_dict("records")
+        as_json = json.dumps(records, indent=1, ensure_ascii=False)
+        write_atomic(to, as_json if to.suffix == ".json" else whole.to_csv(index=False))
+        say(f"{to}: {len(whole)} rows")
 
 
 def _protocol(bench: str, source: str):
@@ -112,7 +138,7 @@ def arena(source: Annotated[str, typer.Argument(help="A run folder with samples,
         settings, replies = endpoint(base_url, model, api_key_env, sets), to.with_suffix(".replies.jsonl")
         judgments = asyncio.run(arenas.judged_by_llm(players, arenas.matches(players), settings, replies))
     else:
-        judgments = arenas.judged_by_writing_rm(players, writing_rm or (run or Path()) / "writing-rm" / "model", margin)
+        judgments = arenas.judged_by_writing_rm(players, writing_rm or arenas.writing_rm_of(run or Path()), margin)
         say("The judge is a Writing RM. Of the arms that were trained on it, it shows what they learnt, not how well they "
             "write.")
     arenas.save_judgments(to, judgments)
@@ -122,7 +148,8 @@ def arena(source: Annotated[str, typer.Argument(help="A run folder with samples,
 @app.command()
 def elo(judgments: Annotated[list[Path], typer.Argument(help="JSONL files: of `lwz arena`, of `lwz unblind`, or your own.")],
         anchor: Anchor = ""):
-    """Bradley-Terry Elo with intervals over queries, and win rates against the anchor, from recorded judgments."""
+    """Bradley-Terry Elo with intervals over queries, and win rates against the anchor, from recorded judgments: rows {query_id,
+    first, second, winner: first, second, tie or null, judge, reason}, where first and second are models in the order shown."""
     import pandas as pd
 
     from lwzlib.evaluate.arena import read_judgments

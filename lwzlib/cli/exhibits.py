@@ -6,14 +6,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from lwzlib.base.paths import FIGURES
 from lwzlib.base.rows import DataError
-from lwzlib.cli.options import out
+from lwzlib.cli.options import Seeds, out, seed_numbers
+from lwzlib.pipeline.stages import of_seed
 
 app = typer.Typer()
 
 
 @app.command()
-def figures(results: Path = Path("figures/results"), published: Path = Path("figures/published"),
+def figures(results: Path = FIGURES / "results", published: Path = FIGURES / "published",
             folder: Path = Path("figures/out"),
             runs: Annotated[Path, typer.Option(help="Run folders in here add their completions to the page.")] = Path("runs")):
     """Draw every exhibit of the paper from committed rows, as PDF, SVG, PNG, and the page index.html: no network, no GPU."""
@@ -28,11 +30,14 @@ def figures(results: Path = Path("figures/results"), published: Path = Path("fig
 
 @app.command()
 def export(run_dirs: list[Path],
-           to: Annotated[Path, typer.Option(help="Such as figures/results/mine.csv; what is there is replaced.")]):
+           to: Annotated[Path, typer.Option(help="Such as figures/results/mine.csv; what is there is replaced.")],
+           seeds: Seeds = ""):
     """Write the rows of finished runs, with their provenance, as tables that `lwz figures` draws: those of RL to `to`, those
     of the held-out samples and of the pretraining mixture beside it."""
     from lwzlib.exhibits import run_tables
 
+    if seeds:
+        run_dirs = [of_seed(folder, seed) for folder in run_dirs for seed in seed_numbers(seeds)]
     try:
         written = run_tables.export(run_dirs, to)
     except DataError as error:
@@ -50,7 +55,7 @@ def report(run_dir: Path):
 
 
 @app.command()
-def claims(results: Path = Path("figures/results"), ledger: Path = Path("figures/claims.yaml"),
+def claims(results: Path = FIGURES / "results", ledger: Path = FIGURES / "claims.yaml",
            markdown: Annotated[bool, typer.Option(help="As a Markdown table.")] = False):
     """Print the claims ledger: what the paper says, what was measured here, and the verdict that follows from the rows."""
     from lwzlib.exhibits import claims as book

@@ -1,9 +1,8 @@
-"""`lwz`: run, stage, status, corpus, recipe, estimate, prepare, doctor, score, hacks, serve-rm, curate, figures, export,
-claims, report; generate, judge, aggregate, arena, elo, rate, unblind; jobs, submit."""
+"""`lwz`: run, stage, status, corpus, recipe, estimate, prepare, doctor, check, write, score, hacks, judge-quality, serve-rm,
+curate, figures, export, claims, report, push; generate, judge, aggregate, arena, elo, rate, unblind; jobs, submit."""
 
 import asyncio
 import collections
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,37 +14,65 @@ from lwzlib.base import kit
 from lwzlib.base.marks import published_marks
 from lwzlib.base.processes import end_rank, end_with_parent
 from lwzlib.base.recipe import flatten, load_recipe
-from lwzlib.base.rows import rows_of
-from lwzlib.cli import doctor, evaluation, exhibits, jobs, rewards
-from lwzlib.cli.options import KeyEnv, Overrides, Requests, RunDir, Seed, endpoint, out, recipe_and_folder, resumable, say
+from lwzlib.base.rows import read_json, rows_of
+from lwzlib.cli import check, doctor, evaluation, exhibits, jobs, push, rewards, write
+from lwzlib.cli.options import (
+    KeyEnv,
+    Overrides,
+    Requests,
+    RunDir,
+    Seed,
+    Seeds,
+    endpoint,
+    out,
+    recipe_and_folder,
+    resumable,
+    say,
+    seed_numbers,
+)
 from lwzlib.data.word_ranges import agreement
 from lwzlib.pipeline import notebooks
-from lwzlib.pipeline.stages import run_stage
+from lwzlib.pipeline.seeds import run_seeds
+from lwzlib.pipeline.stages import run_stage, stage_run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="The LongWriter-Zero reproduction kit.")
-for commands in (evaluation, exhibits, jobs, rewards, doctor):
+for commands in (evaluation, exhibits, jobs, rewards, doctor, check, push, write):
     app.add_typer(commands.app)
 
 
 @app.command()
-def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
+def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None, seeds: Seeds = "",
+        share: Annotated[str, typer.Option(
+            help="With --seeds: stages that the first seed does for all. No seed changes corpus. With writing-rm or cold-start "
+                 "too, the interval over seeds does not cover what another one would change. Empty: none.")] = "corpus"):
     """Execute the notebooks of a recipe in order, into its run folder; running it again continues."""
     loaded, folder = recipe_and_folder(recipe, sets, seed, run_dir)
+    if seed and seeds:
+        raise typer.BadParameter(f"give --seed {seed} or --seeds {seeds}, not both")
+    if share != "corpus" and not seeds:
+        raise typer.BadParameter(f"--share {share} needs --seeds")
     with resumable():
-        notebooks.run_notebooks(loaded, folder, seed, recipe, sets or [])
+        if seeds:
+            run_seeds(loaded, folder, seed_numbers(seeds), [name for name in share.split(",") if name], recipe, sets or [])
+        else:
+            notebooks.run_notebooks(loaded, folder, seed, recipe, sets or [])
 
 
 @app.command()
 def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None,
           arm: Annotated[str, typer.Option(help="For the stages of an arm.")] = ""):
-    """Do one stage here (or several: a,b), after those it needs: cold-start, writing-rm, corpus, distil, pack, pretrain; of an
-    arm: samples-before, grpo or sft, samples-during, samples-after."""
+    """Do one stage here (or several: a,b), after those it needs: cold-start, pairs, writing-rm, judge, corpus, distil, pack,
+    pretrain; of an arm: samples-before, grpo or sft, samples-during, samples-after."""
+    from lwzlib.cluster.readiness import check_stage
+
     end_with_parent()
     loaded, folder = recipe_and_folder(recipe, sets, seed, run_dir)
     try:
         with resumable():
             for one in name.split(","):
+                if not stage_run(one, loaded, folder, seed, arm).finished:
+                    check_stage(one, loaded)
                 run_stage(one, loaded, folder, seed, arm)
     except typer.Exit as end:
         end_rank(end.exit_code)
@@ -69,7 +96,7 @@ def corpus(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir 
     loaded, run_folder = recipe_and_folder(recipe, sets, seed, run_dir)
     with resumable():
         folder = run_stage("corpus", loaded, run_folder, seed)
-    rows = json.loads((folder / "report.json").read_text())
+    rows = read_json(folder / "report.json")
     table = Table(*rows[0], title=f"{folder}: documents, and tokens kept")
     for row in rows:
         table.add_row(*map(str, row.values()))
@@ -98,7 +125,8 @@ def estimate(recipe: str, sets: Overrides = None,
              gpu: Annotated[str, typer.Option(help="h800, h100, h200 or a100.")] = "h800",
              gpu_gib: Annotated[float | None, typer.Option(help="Memory of a GPU, where it is another.")] = None,
              mean_tokens: Annotated[float | None, typer.Option(help="Of a completion; default: half of the most.")] = None):
-    """Memory of a GPU, seconds and GPU-hours of GRPO, with the arithmetic. Exit code 1 for a recipe that cannot fit."""
+    """Memory of a GPU in each stage that trains, disk, and seconds and GPU-hours of GRPO, with the arithmetic. Exit code 1 for
+    a recipe that cannot fit."""
     from lwzlib.cluster.plan_pages import planned, show_plan
 
     plan = planned(recipe, sets, nodes, gpus, gpu, gpu_gib, mean_tokens)

@@ -20,7 +20,9 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine
 from papermill.log import logger
 
-from lwzlib.base.recipe import Recipe, RecipeError, load_recipe, nearest_name
+from lwzlib.base.kit import ModelError
+from lwzlib.base.quantities import nearest_name
+from lwzlib.base.recipe import Recipe, RecipeError, load_recipe
 from lwzlib.base.rows import RunError, locked, write_atomic
 from lwzlib.cluster.jobs import End, Job, ask_slurm, id_of, jobs_of, name_of, watch
 from lwzlib.cluster.profile import ClusterError, Profile, batch_script, check_job, load_profile, submit_job
@@ -118,18 +120,25 @@ def checked_parameters(nb, site: Profile) -> dict:
 
 
 def _check_fit(recipe: Recipe, site: Profile) -> None:
-    """Raise ClusterError for GRPO that needs more nodes than the job has, or more memory than its GPUs have."""
-    if recipe.launch not in ("torchrun", "slurm") or not site.gpu:
-        return
-    from lwzlib.cluster.estimate import GPUS, make_plan, problems
+    """Raise ClusterError for a recipe that cannot run on the nodes that the profile asks for, or that would be killed at the
+    time limit before it has saved."""
+    from lwzlib.cluster import readiness, step_time
+    from lwzlib.cluster.estimate import GPUS, make_plan
 
-    for wanted, unit, key in ((recipe.distributed.nodes, "nodes", "nodes"),
-                              (recipe.distributed.processes, "processes a node", "gpus_per_node")):
-        if wanted > (available := getattr(site, key)):
-            raise ClusterError(f"recipe {recipe.name} wants {wanted} {unit}, and the profile gives {key}={available}: change "
-                               "either, by overrides or by LWZ_PROFILE")
-    if reasons := problems(make_plan(recipe, GPUS[site.gpu])):
-        raise ClusterError(f"recipe {recipe.name} cannot run on {site.gpu}: {'; '.join(reasons)} (see `lwz estimate`)")
+    if why := readiness.reasons(recipe, readiness.asked_of(site)):
+        raise ClusterError(f"recipe {recipe.name} cannot run on {site.gpu or 'these nodes'}: {'; '.join(why)} (overrides "
+                           "change the recipe, LWZ_PROFILE the profile; see `lwz doctor` and `lwz estimate`)")
+    if not site.gpu:
+        return
+    try:
+        plan = make_plan(recipe, GPUS[site.gpu])
+    except (RecipeError, ModelError):  # a model of unknown shape: nothing to compute with
+        return
+    step_s, save_s = step_time.simulate_step(plan).seconds, step_time.checkpoint(plan).value
+    if site.stop_before_end_s < step_s + save_s:
+        raise ClusterError(f"stop_before_end_s = {site.stop_before_end_s} of the profile is less than a step of recipe "
+                           f"{recipe.name}, about {step_s:.0f} s, and its checkpoint, about {save_s:.0f} s: at the time limit "
+                           f"the job would be killed before it has saved; give {2 * (step_s + save_s):.0f} or more")
 
 
 def attached(site: Profile, record: dict) -> Job | None:

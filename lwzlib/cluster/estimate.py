@@ -1,20 +1,22 @@
-"""Whether GRPO of a recipe fits on given GPUs, before a job is submitted: memory here, time in `lwzlib.cluster.step_time`.
+"""Whether the stages of a recipe that train fit on given GPUs, before a job is submitted: memory. Time: `cluster.step_time`.
 
 The paper names its hardware (8 nodes of 8 H800) and nothing of its cost. Memory follows the ZeRO paper's count (arXiv
-1910.02054, section 3: 2 + 2 + 12 bytes a parameter in mixed precision) and what a decoder layer of this family keeps for its
-backward pass. `texts/hardware.yaml` holds the numbers and their sources. Every line shows its arithmetic. No torch is imported.
+1910.02054, section 3: 2 + 2 + 12 bytes a parameter in mixed precision), with gradients that are summed in float32, and what a
+decoder layer of this family keeps for its backward pass. Without ZeRO all weights are float32 (`base.trainers`): 4 + 4 + 8.
+`texts/hardware.yaml` holds the numbers and their sources. Every line shows its arithmetic. No torch is imported.
 """
 
 import contextlib
-import json
-from pathlib import Path
 from typing import NamedTuple
 
-from lwzlib.base import models
+from lwzlib.base.kit import ModelError
 from lwzlib.base.parallel import accumulation
 from lwzlib.base.paths import TEXTS
 from lwzlib.base.recipe import Recipe, RecipeError
 from lwzlib.base.rows import read_yaml
+from lwzlib.cluster.shapes import Shape, shape_of
+from lwzlib.method.writing_rm import is_public
+from lwzlib.pipeline.stages import places
 
 GIB = 2**30
 TRAINS, WRITES = "a GPU that trains", "a GPU that writes"
@@ -46,61 +48,9 @@ class Line(NamedTuple):
     how: str
 
 
-class Shape(NamedTuple):
-    """Shape of a decoder of the Llama and Qwen2 family."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    inner: int
-    vocab: int
-    tied: bool  # the output matrix is the embedding
-    attention_bias: bool = True
-
-    @property
-    def kv_width(self) -> int:
-        """Width of the keys, and of the values, of a layer."""
-        return self.kv_heads * (self.hidden // self.heads)
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """{name: (in, out)} of the matrices of a layer."""
-        h, kv, inner = self.hidden, self.kv_width, self.inner
-        return {"q_proj": (h, h), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (h, h), "gate_proj": (h, inner),
-                "up_proj": (h, inner), "down_proj": (inner, h)}
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of a layer: its matrices, the biases of q, k and v where it has them, and two norms."""
-        bias = self.attention_bias * (self.hidden + 2 * self.kv_width)
-        return sum(a * b for a, b in self.linears.values()) + bias + 2 * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of all layers, the last norm, the embedding, and the output matrix unless it is tied."""
-        return self.layers * self.layer_parameters + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
-
-    def kv_bytes(self, tokens: float = 1, dtype_bytes: int = 2) -> float:
-        """Bytes of the keys and values of all layers."""
-        return 2 * self.layers * self.kv_width * dtype_bytes * tokens
-
-    @property
-    def kept_per_token(self) -> float:
-        """Numbers that a layer keeps for its backward pass with a fused attention kernel: inputs of two norms and their float32
-        copies, of the matrices, the attention's q, k, v and output, and of the gated activation."""
-        return 10 * self.hidden + 2 * self.kv_width + 4 * self.inner
-
-    def flops(self, tokens: float, context: float, passes: int) -> float:
-        """Operations of `passes` forward passes (a backward pass is two): 2 per weight and token, and causal attention."""
-        matrices = self.parameters - self.vocab * self.hidden * (0 if self.tied else 1)
-        return passes * tokens * (2 * matrices + 2 * self.layers * self.hidden * context)
-
-
 _DATA = read_yaml(TEXTS / "hardware.yaml")
 CONSTANTS = {name: Constant(**fields) for name, fields in _DATA["constants"].items()}
 GPUS = {name: Gpu(**fields) for name, fields in _DATA["gpus"].items()}
-SHAPES = {name: Shape(*numbers) for name, numbers in _DATA["shapes"].items()}
 
 
 def constant(name: str) -> float:
@@ -119,18 +69,21 @@ def assuming(**values: float):
         CONSTANTS.update(before)
 
 
-def shape_of(name: str) -> Shape:
-    """Shape of a model in the table, or in a folder. Raises RecipeError for a hub model that is not in the table."""
-    if name in SHAPES:
-        return SHAPES[name]
-    file = Path(models.resolve(name)) / "config.json"
-    if not file.is_file():
-        raise RecipeError(f"the shape of {name!r} is not known: give a folder with its config.json; known are "
-                          f"{', '.join(SHAPES)}")
-    config = json.loads(file.read_text())
-    return Shape(config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"],
-                 config["num_key_value_heads"], config["intermediate_size"], config["vocab_size"],
-                 config.get("tie_word_embeddings", False), config.get("attention_bias", config.get("model_type") == "qwen2"))
+class Stage(NamedTuple):
+    """A stage that trains, as each of its GPUs sees it."""
+
+    model: Shape
+    trained: int  # parameters that have gradients
+    sequences: int  # of a micro-batch
+    tokens: int  # of a sequence, at most
+    gpus: int  # that train together, one per process
+    zero: int  # 0 too where the stage is one process
+    weight_bytes: int  # of a weight while it trains: 4 for all weights without ZeRO, else those of the recipe's dtype
+
+    @property
+    def adapter(self) -> bool:
+        """Whether an adapter is trained, in float32, on weights that stay as they are."""
+        return self.trained < self.model.parameters
 
 
 class Plan(NamedTuple):
@@ -140,70 +93,108 @@ class Plan(NamedTuple):
     gpu: Gpu
     mean_tokens: float  # of a completion
     model: Shape  # of the policy
-    dtype_bytes: int  # of a weight
+    dtype_bytes: int  # of a weight, where it is not trained: in vLLM, in a saved model
     nodes: tuple[int, int]  # that train, that serve vLLM
-    training_gpus: int  # one per process
+    training_gpus: int  # of GRPO, one per process
     gpus: int  # of all nodes, vLLM's servers included
     replicas: int  # of the model that generate in parallel
     completions: int  # of a GRPO step: group size times queries
     longest_tokens: int  # of a sequence: `max_new_tokens` after a prompt of assumed length
-    trained: float  # parameters that have gradients
+    stages: dict[str, Stage]  # GRPO, and the others that train in this recipe, in their order
+
+    @property
+    def trained(self) -> int:
+        """Parameters of the policy that have gradients in GRPO."""
+        return self.stages["grpo"].trained
 
 
 def make_plan(recipe: Recipe, gpu: Gpu, mean_tokens: float | None = None) -> Plan:
     """A checked plan. Raises RecipeError for a model whose shape is not known, RunError for a batch that cannot be cut."""
-    where, vllm, grpo, model = recipe.distributed, recipe.vllm, recipe.grpo, shape_of(recipe.model.name)
+    where, vllm, grpo = recipe.distributed, recipe.vllm, recipe.grpo
     serving = vllm.nodes if vllm.mode == "server" else 0
     training_gpus = (where.nodes - serving) * where.processes
     accumulation(recipe, training_gpus)
     generating_gpus = serving * where.processes or training_gpus
-    trained: float = model.parameters
-    if grpo.lora.rank:
-        names = model.linears if grpo.lora.targets == "all-linear" else grpo.lora.targets
-        trained = model.layers * grpo.lora.rank * sum(sum(model.linears[name]) for name in names)
     longest = grpo.sampling.max_new_tokens
     return Plan(
-        recipe, gpu, mean_tokens or constant("mean_share") * longest, model, 2 if recipe.model.dtype == "bfloat16" else 4,
+        recipe, gpu, mean_tokens or constant("mean_share") * longest, shape_of(recipe.model.name), _dtype_bytes(recipe),
         (where.nodes - serving, serving), training_gpus, where.nodes * where.processes,
         generating_gpus // (vllm.tensor_parallel if vllm.mode != "none" else 1), grpo.group_size * grpo.queries_per_step,
-        longest + int(constant("prompt_tokens")), trained)
+        longest + int(constant("prompt_tokens")), _stages(recipe, training_gpus))
 
 
-def training_memory(plan: Plan) -> list[Line]:
-    """GiB of a GPU that trains, while it trains."""
-    recipe, grpo, model, width = plan.recipe, plan.recipe.grpo, plan.model, plan.dtype_bytes
-    zero, offload, lora = recipe.distributed.zero, recipe.distributed.offload, bool(grpo.lora.rank)
-    weights_over, states_over = (plan.training_gpus if zero >= stage else 1 for stage in (3, 2))  # GPUs that share them
-    state_bytes, states = (12, "float32 weights, two moments") if zero and width == 2 else (
-        2 * width, "two moments in the weights' dtype")
-    if lora:
-        state_bytes, states = 12, "float32 adapter: its gradients are float32 too"
-    gradient_bytes = 4 if lora else width
-    weights, trained = f"{model.parameters / 1e9:.2f}e9 x {width} B / {weights_over}", f"{plan.trained / 1e9:.3g}e9"
-    kept = model.kept_per_token * width
-    token_bytes, token_parts = model.layers * kept, f"{model.layers} layers x {kept / 1e3:.0f} kB"
-    if grpo.gradient_checkpointing:
-        token_bytes = model.layers * model.hidden * width + kept
-        token_parts = f"({model.layers} layers x {model.hidden} x {width} B + one layer's {kept / 1e3:.0f} kB)"
-    tokens = grpo.micro_batch_completions * plan.longest_tokens
+def _dtype_bytes(recipe: Recipe) -> int:
+    return 2 if recipe.model.dtype == "bfloat16" else 4
+
+
+def _stages(recipe: Recipe, grpo_gpus: int) -> dict[str, Stage]:
+    """The stages of the recipe that train. The cold start is one process; vLLM's nodes train too where GRPO does not run."""
+    cold, judge, grpo, sft = recipe.cold_start, recipe.writing_rm, recipe.grpo, recipe.sft
+    prompt, gpus = int(constant("prompt_tokens")), recipe.distributed.nodes * recipe.distributed.processes
+    table = {  # model, adapter, sequences of a micro-batch, tokens of each, GPUs
+        "cold-start": (recipe.model.name, None, cold.batch_documents, prompt + cold.max_new_tokens, 1),
+        "writing-rm": (judge.model, judge.lora, 2 * judge.batch_pairs, judge.max_tokens, gpus),
+        "pretrain": (recipe.model.name, None, 1, recipe.pretrain.sequence_tokens, gpus),
+        "grpo": (recipe.model.name, grpo.lora, grpo.micro_batch_completions, prompt + grpo.sampling.max_new_tokens, grpo_gpus),
+        "sft": (recipe.model.name, sft.lora, sft.batch_sequences, sft.max_tokens, gpus)}
+    wanted, stages = {"grpo"} | {name for _, name in places(recipe)}, {}
+    for name, (model, lora, sequences, tokens, count) in table.items():
+        if name in wanted:
+            shape, zero = shape_of(model), recipe.distributed.zero if name != "cold-start" else 0
+            weight_bytes = _dtype_bytes(recipe) if zero or (lora and lora.rank) else 4
+            stages[name] = Stage(shape, shape.trained(lora), sequences, tokens, count, zero, weight_bytes)
+    return stages
+
+
+def judge_shape(recipe: Recipe) -> Shape:
+    """Shape of the reward model that judges; for a public one of unknown shape, that of the model which the recipe would train
+    as its Writing RM stands in."""
+    if is_public(recipe):
+        with contextlib.suppress(RecipeError, ModelError):
+            return shape_of(recipe.reward.writing.model)
+    return shape_of(recipe.writing_rm.model)
+
+
+def training_memory(plan: Plan, stage: str = "grpo") -> list[Line]:
+    """GiB of a GPU that trains in this stage, while it trains."""
+    at, recipe = plan.stages[stage], plan.recipe
+    offload = recipe.distributed.offload if at.zero else "none"
+    weights_over, states_over = (at.gpus if at.zero >= least else 1 for least in (3, 2))  # GPUs that share them
+    state_bytes, states = (12, "float32 weights, two moments") if at.zero or at.adapter else (8, "two moments")
+    weights = f"{at.model.parameters / 1e9:.2f}e9 x {at.weight_bytes} B / {weights_over}"
+    trained = f"{at.trained / 1e9:.3g}e9"
     lines = [
-        ("weights", 0 if offload == "all" else model.parameters * width / weights_over, weights),
-        ("gradients", plan.trained * gradient_bytes / states_over, f"{trained} x {gradient_bytes} B / {states_over}"),
+        ("weights", 0 if offload == "all" else at.model.parameters * at.weight_bytes / weights_over, weights),
+        ("gradients", at.trained * 4 / states_over, f"{trained} x 4 B / {states_over}, summed in float32"),
         ("optimiser", 0, "in the host's memory") if offload != "none" else
-        ("optimiser", plan.trained * state_bytes / states_over, f"{trained} x {state_bytes} B / {states_over} ({states})"),
-        ("activations", tokens * token_bytes,
-         f"{grpo.micro_batch_completions} x {plan.longest_tokens} tokens x {token_parts}"),
-        ("logits", constant("logits_gib") * GIB, CONSTANTS["logits_gib"].source)]
-    judge = shape_of(recipe.writing_rm.model) if recipe.reward.weights.writing and not recipe.reward.writing.url else None
-    if zero == 3:
-        layer = max(model.layer_parameters, judge.layer_parameters if judge else 0)
-        lines.append(("gathered layers", 2 * layer * width, f"2 x {layer / 1e6:.0f}e6 x {width} B"))
-    if grpo.kl_beta and not lora:
-        lines.append(("reference model", model.parameters * width / weights_over, f"kl_beta > 0: {weights}"))
-    if judge:
-        lines.append(("Writing RM", judge.parameters * width / weights_over,
-                      f"reward.writing.url is empty: {judge.parameters / 1e9:.2f}e9 x {width} B / {weights_over}"))
+        ("optimiser", at.trained * state_bytes / states_over, f"{trained} x {state_bytes} B / {states_over} ({states})"),
+        *_working_memory(plan, at)]
+    if stage != "writing-rm":  # which has one number a text
+        lines.append(("logits", constant("logits_gib") * GIB, CONSTANTS["logits_gib"].source))
+    judge = None
+    if stage == "grpo" and recipe.reward.weights.writing and not recipe.reward.writing.url:
+        judge = judge_shape(recipe)
+        lines.append(("Writing RM", judge.parameters * plan.dtype_bytes / weights_over, "reward.writing.url is empty: "
+                      f"{judge.parameters / 1e9:.2f}e9 x {plan.dtype_bytes} B / {weights_over}"))
+    if stage == "grpo" and recipe.grpo.kl_beta and not at.adapter:
+        lines.append(("reference model", at.model.parameters * at.weight_bytes / weights_over, f"kl_beta > 0: {weights}"))
+    if at.zero == 3:
+        layer = max(at.model.layer_parameters, judge.layer_parameters if judge else 0)
+        lines.append(("gathered layers", 2 * layer * plan.dtype_bytes, f"2 x {layer / 1e6:.0f}e6 x {plan.dtype_bytes} B"))
     return [Line(name, number / GIB, how) for name, number, how in lines]
+
+
+def _working_memory(plan: Plan, at: Stage) -> list[tuple[str, float, str]]:
+    """Bytes of a micro-batch, and of the copies that autocast makes of float32 weights."""
+    autocast, layers = at.weight_bytes > plan.dtype_bytes, at.model.layers
+    kept = at.model.kept_bytes(plan.dtype_bytes, autocast)
+    token_bytes, token_parts = layers * kept, f"{layers} layers x {kept / 1e3:.0f} kB"
+    if plan.recipe.grpo.gradient_checkpointing:
+        token_bytes = layers * at.model.hidden * at.weight_bytes + kept
+        token_parts = f"({layers} layers x {at.model.hidden} x {at.weight_bytes} B + one layer's {kept / 1e3:.0f} kB)"
+    copies = f"of the matrices: {at.model.matrices / 1e9:.2f}e9 x {plan.dtype_bytes} B"
+    return [("activations", at.sequences * at.tokens * token_bytes, f"{at.sequences} x {at.tokens} tokens x {token_parts}"),
+            *[("autocast copies", at.model.matrices * plan.dtype_bytes, copies)] * autocast]
 
 
 def writing_memory(plan: Plan) -> list[Line]:
@@ -211,12 +202,12 @@ def writing_memory(plan: Plan) -> list[Line]:
     vllm, width, model = plan.recipe.vllm, plan.dtype_bytes, plan.model
     staying = [line for line in training_memory(plan) if line.name in ("weights", "optimiser", "reference model", "Writing RM")]
     if vllm.mode == "none":
-        completions = plan.completions / plan.training_gpus
+        completions, cache_bytes = plan.completions / plan.training_gpus, plan.stages["grpo"].weight_bytes
         whole = model.parameters * width if plan.recipe.distributed.zero == 3 else 0
-        cache = completions * model.kv_bytes(plan.longest_tokens, width)
+        cache = completions * model.kv_bytes(plan.longest_tokens, cache_bytes)
         return [*staying, Line("whole model", whole / GIB, "ZeRO-3 gathers it to generate"),
                 Line("KV cache", cache / GIB, f"{completions:.0f} x {plan.longest_tokens} tokens x "
-                     f"{model.kv_bytes(dtype_bytes=width) / 1024:.0f} KiB")]
+                     f"{model.kv_bytes(dtype_bytes=cache_bytes) / 1024:.0f} KiB")]
     weights = model.parameters * width / vllm.tensor_parallel / GIB
     lines = [Line("vLLM weights", weights, f"{model.parameters / 1e9:.2f}e9 x {width} B / {vllm.tensor_parallel}"),
              Line("vLLM KV cache", vllm.memory_share * plan.gpu.gib - weights,
@@ -239,13 +230,17 @@ def slots(plan: Plan) -> int:
                          / vllm.tensor_parallel))
 
 
-def problems(plan: Plan) -> list[str]:
-    """Why the recipe cannot run on these GPUs; empty if it can, as far as arithmetic tells."""
+def problems(plan: Plan, *stages: str) -> list[str]:
+    """Why these stages, or all that train, cannot run on these GPUs; empty if they can, as far as arithmetic tells."""
     reasons, vllm, room = [], plan.recipe.vllm, plan.gpu.gib - constant("reserve_gib")
-    training, writing = training_memory(plan), writing_memory(plan)
-    beside = [line for line in writing if line.name.startswith("vLLM") and vllm.mode == "colocate" and not vllm.sleep]
-    for group, lines, more in ((TRAINS, training, total(beside)), (WRITES, writing, 0)):
-        if (need := total(lines) + more) > room:
+    stages, writing = stages or tuple(plan.stages), writing_memory(plan)
+    groups = [(f"{name}: {TRAINS}", training_memory(plan, name)) for name in stages]
+    if "grpo" in stages:
+        groups.append((f"grpo: {WRITES}", writing))
+    for group, lines in groups:
+        beside = vllm.mode == "colocate" and not vllm.sleep and group == f"grpo: {TRAINS}"
+        lines = lines + [line for line in writing if beside and line.name.startswith("vLLM")]
+        if (need := total(lines)) > room:
             largest = max(lines, key=lambda line: line.value)
             reasons.append(f"{group} needs {need:.1f} GiB and has {room:.1f} ({plan.gpu.gib:.0f} less "
                            f"{constant('reserve_gib'):.0f} reserved); the largest part is {largest.name}, "

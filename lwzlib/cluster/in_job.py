@@ -120,10 +120,12 @@ def _interrupt(number, frame):
 
 
 def _on_each_node(*command: str) -> str:
-    """Start a command on each node, where there are several; why that failed (a node is lost), or ""."""
+    """Start a command on each node, where there are several; why that failed (a node is lost, no srun), or ""."""
     nodes = os.environ["SLURM_JOB_NUM_NODES"]
-    if nodes == "1" or not shutil.which("srun"):
+    if nodes == "1":
         return ""
+    if not shutil.which("srun"):
+        return "there is no srun here"
     try:
         answer = run_command("srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
                              "--cpus-per-task=1", *command, timeout=_ANSWER_S)
@@ -133,7 +135,7 @@ def _on_each_node(*command: str) -> str:
 
 
 def _requeue(folder: Path, allowed: bool, end: str, why: str = "") -> int:
-    """Put the job back into the queue, if that is allowed: Slurm then ends this process. The exit code otherwise."""
+    """Requeue the job if `allowed`, and wait for Slurm to end this process; else report `end` and return the exit code 1."""
     if allowed:
         report(folder, "requeued", why=f"{end} {why}".strip())
         answer = run_command("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
@@ -149,7 +151,8 @@ def _remove_scratch(scratch: str | None) -> None:
     folder = os.environ.get("TMPDIR", "")
     if scratch and folder.startswith(scratch):
         shutil.rmtree(folder, ignore_errors=True)
-        _on_each_node("rm", "-rf", folder)
+        if why := _on_each_node("rm", "-rf", folder):
+            print(f"the scratch folder {folder} of other nodes may be left: {why}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lwzlib.base.paths import TEXTS
-from lwzlib.base.rows import read_rows, read_yaml, write_atomic
+from lwzlib.base.rows import read_json, read_rows, read_yaml, write_atomic
+from lwzlib.base.run_folder import status_of
 from lwzlib.cluster.profile import ClusterError, run_command
 
 FINAL = ("finished", "failed", "timed out", "node lost")  # what a job may report of its own end
@@ -53,7 +54,7 @@ class Job:
     @property
     def record(self) -> dict:
         """Content of `job.json`: what was submitted."""
-        return json.loads((self.folder / "job.json").read_text())
+        return read_json(self.folder / "job.json")
 
     def note(self, **more) -> None:
         """Add to what was submitted, or replace some of it: `job_id`, `seen`."""
@@ -63,7 +64,7 @@ class Job:
     def report(self) -> dict:
         """Content of `state.json`: the job's own account; {} before it starts."""
         try:
-            return json.loads((self.folder / "state.json").read_text())  # opening it makes NFS look at the server
+            return read_json(self.folder / "state.json")  # opening it makes NFS look at the server
         except FileNotFoundError:
             return {}
 
@@ -195,7 +196,7 @@ def _progress(root: Path, arm: str | None) -> dict[str, str]:
     if not paths:
         return {}
     latest = max(paths, key=lambda path: path.stat().st_mtime)
-    status, rate = json.loads(latest.read_text()), tokens_per_s(latest.parent)
+    status, rate = status_of(latest.parent), tokens_per_s(latest.parent)
     return {"stage": latest.parent.name, "step": f"{status['step']}/{status['total']}" if status.get("total") else "",
             "tokens_per_s": f"{rate:.0f}" if rate else ""}
 

@@ -13,10 +13,12 @@ from rich.table import Table
 from lwzlib.base.parallel import deepspeed_config
 from lwzlib.base.paths import CLUSTER_JOBS, TEXTS
 from lwzlib.base.recipe import RecipeError, load_recipe
-from lwzlib.base.rows import read_yaml
+from lwzlib.base.rows import RunError, read_yaml
 from lwzlib.cluster import estimate
-from lwzlib.cluster.estimate import CONSTANTS, GPUS, SHAPES, TRAINS, WRITES, Plan, constant, problems, slots, total
-from lwzlib.cluster.step_time import decode_s, micro_s, simulate_step
+from lwzlib.cluster.disk import checkpoint_gb, checkpoints, disk
+from lwzlib.cluster.estimate import CONSTANTS, GPUS, TRAINS, WRITES, Plan, constant, problems, slots, total
+from lwzlib.cluster.shapes import SHAPES, shape_of
+from lwzlib.cluster.step_time import Step, checkpoint, decode_s, micro_s, simulate_step
 
 _CHANGES = read_yaml(TEXTS / "paper_plan.yaml")
 
@@ -40,35 +42,76 @@ def planned(recipe: str, sets=None, nodes: int | None = None, gpus: int | None =
 
 def show_plan(plan: Plan, out: Console) -> list[str]:
     """Print the arithmetic; the reasons why the recipe cannot run."""
-    recipe, steps, reasons = plan.recipe, plan.recipe.grpo.steps, problems(plan)
+    recipe, reasons = plan.recipe, problems(plan)
     served = f", {plan.nodes[1]} more nodes for vLLM" if plan.nodes[1] else ""
     out.print(f"recipe {recipe.name}: {recipe.model.name} on {plan.nodes[0]} x {recipe.distributed.processes} {plan.gpu.name} "
               f"of {plan.gpu.gib:.0f} GiB{served}; ZeRO {recipe.distributed.zero}, offload {recipe.distributed.offload}, "
               f"vLLM {recipe.vllm.mode}", highlight=False)
     time = None if reasons else simulate_step(plan)
-    groups = [(TRAINS, "GiB", estimate.training_memory(plan)), (WRITES, "GiB", estimate.writing_memory(plan))]
-    for group, unit, lines in [*groups, ("a step", "s", time.lines)] if time else groups:
+    groups = [(f"{stage}: {TRAINS}", "GiB", estimate.training_memory(plan, stage)) for stage in plan.stages]
+    groups += [(f"grpo: {WRITES}", "GiB", estimate.writing_memory(plan)), ("disk, all stages that train", "GB", disk(plan))]
+    for group, unit, lines in [*groups, ("a step of grpo", "s", time.lines)] if time else groups:
         table = Table("", unit, "arithmetic", title=group, box=None)
         for line in lines:
             table.add_row(line.name, f"{line.value:.1f}", line.how)
         table.add_row("sum", f"{total(lines):.1f}", "", style="bold")
         out.print(table)
     if time:
-        out.print(f"a step: {time.seconds:.0f} s, {gpu_hours(plan, 1):.2f} GPU-hours; {steps} steps: "
-                  f"{time.seconds * steps / 3600:.1f} h, {gpu_hours(plan, steps):.0f} GPU-hours; bound by {time.bound.name}; "
-                  f"of writing {time.tail_s:.0f} s are the length tail, of training {time.waiting_s:.0f} s waiting for the "
-                  "longest", highlight=False, soft_wrap=True)
-    table = Table("constant", "value", "unit", "", "source", box=None)
+        _show_time(plan, time, out)
+    for room in room_for_queries(plan):
+        out.print(room, highlight=False, soft_wrap=True)
+    table = Table("constant", "value", "unit", "kind", "source", box=None)
     for name, known in CONSTANTS.items():
         table.add_row(name, f"{known.value:g}", known.unit, known.kind, known.source)
     out.print(table)
     return reasons
 
 
+def _show_time(plan: Plan, time: Step, out: Console) -> None:
+    steps, count, saved_gb = plan.recipe.grpo.steps, checkpoints(plan, time.seconds), checkpoint_gb(plan).value
+    save_h = count * checkpoint(plan).value / 3600
+    out.print(f"a step: {time.seconds:.0f} s, {gpu_hours(plan, 1):.2f} GPU-hours; {steps} steps: "
+              f"{time.seconds * steps / 3600:.1f} h, {gpu_hours(plan, steps):.0f} GPU-hours; bound by {time.bound.name}; "
+              f"of writing {time.tail_s:.0f} s are the length tail, of training {time.waiting_s:.0f} s waiting for the "
+              f"longest\n{count} checkpoints of {saved_gb:.1f} GB are written besides, "
+              f"{count * saved_gb / 1000:.2g} TB in {save_h:.1f} h", highlight=False, soft_wrap=True)
+    if plan.recipe.name == "paper":
+        for row in readings(plan):
+            out.print(", ".join(f"{name}: {value}" for name, value in row.items()), highlight=False, soft_wrap=True)
+
+
+def room_for_queries(plan: Plan) -> list[str]:
+    """A line for each kind of sampling: the tokens that the Writing RM has for a query beside the longest completion."""
+    recipe, reads, assumed = plan.recipe, plan.recipe.writing_rm.max_tokens, constant("prompt_tokens")
+    longest = {section: getattr(recipe, section).sampling.max_new_tokens
+               for section in ("grpo", "samples") if recipe.reward.weights.writing and recipe.reward.writing.model == "stage"}
+    return [f"writing_rm.max_tokens = {reads} leaves {max(0, reads - tokens)} tokens for a query beside "
+            f"{section}.sampling.max_new_tokens = {tokens}"
+            + f": less than the {assumed:.0f} assumed, so the longest answers are cut for it" * (tokens + assumed > reads)
+            for section, tokens in longest.items()]
+
+
+def readings(plan: Plan) -> list[dict]:
+    """What a step costs by each reading of the paper's "32": a row per reading. One note has 32 completions a query, another
+    32 trajectories a step."""
+    rows = []
+    for name, sizes in _CHANGES["readings"].items():
+        grpo = plan.recipe.grpo.model_copy(update=sizes)
+        row = {"reading": name} | sizes | {"completions a step": grpo.group_size * grpo.queries_per_step}
+        try:
+            other = estimate.make_plan(plan.recipe.model_copy(update={"grpo": grpo}), plan.gpu, plan.mean_tokens)
+        except RunError as error:  # fewer completions than GPUs
+            rows.append(row | {"s a step": str(error), "GPU-hours, all steps": ""})
+        else:
+            rows.append(row | {"s a step": f"{simulate_step(other).seconds:.0f}",
+                               "GPU-hours, all steps": f"{gpu_hours(other, grpo.steps):.0f}"})
+    return rows
+
+
 def gpu_hours(plan: Plan, steps: int) -> float:
     """Hours times all GPUs that are held, those of a served Writing RM too."""
     reward = plan.recipe.reward
-    judge = constant("rm_gpus") if reward.writing.url and reward.weights.writing else 0
+    judge = constant("rm_gpus") if reward.writing.url and reward.weights.writing and not reward.by_language_model else 0
     return simulate_step(plan).seconds * steps * (plan.gpus + judge) / 3600
 
 
@@ -103,12 +146,12 @@ def changes_table() -> list[dict]:
     rows = [("as the recipe has it", "recipe", now.seconds, "")]
     for name, sets in _CHANGES["recipe"].items():
         plan = planned("paper", sets)
-        rows.append((name, "recipe", simulate_step(plan).seconds * 1024 / plan.completions, "; ".join(problems(plan))))
+        rows.append((name, "recipe", simulate_step(plan).seconds * 1024 / plan.completions, "; ".join(problems(plan, "grpo"))))
     for name, values in _CHANGES["constants"].items():
         with estimate.assuming(**values):
             rows.append((name, "hardware or software", simulate_step(paper).seconds, ""))
     rows += [
-        ("micro-batches of like length: no GPU waits", "software", now.seconds - now.waiting_s, ""),
+        ("no GPU waits for a longer completion of another", "bound", now.seconds - now.waiting_s, ""),
         ("no length tail while writing", "bound", now.seconds - now.tail_s, ""),
         ("Writing RM scores while others write", "software", now.seconds - min(part_s["Writing RM"], part_s["writing"]), ""),
         ("writing and scoring one step ahead of training", "method: off-policy by a step",
@@ -123,15 +166,26 @@ def stage_times() -> dict[str, float]:
     recipe, grpo, replicas = plan.recipe, simulate_step(plan), plan.gpus // plan.recipe.vllm.tensor_parallel
     completions, mean, places = recipe.cot.queries * recipe.cot.completions_per_query, plan.mean_tokens, slots(plan)
     written_s = completions * mean / (replicas * places) * decode_s(plan, places, mean / 2)
-    judged = estimate.shape_of(recipe.writing_rm.model).flops(completions * mean, mean / 2, 1)
+    judged = shape_of(recipe.writing_rm.model).flops(completions * mean, mean / 2, 1)
     training = planned("paper", ["vllm.mode=none", "vllm.nodes=0"])  # pretraining has all nodes: nothing is served beside it
     sequence = recipe.pretrain.sequence_tokens
     sequence_s = micro_s(training, sequence - constant("prompt_tokens"), 4) / training.training_gpus
     longest = recipe.samples.sampling.max_new_tokens
     samples_s = longest * decode_s(plan, -(-recipe.samples.queries // replicas), longest / 2)
     return {"grpo_h": grpo.seconds * recipe.grpo.steps / 3600, "distilled": completions, "writing_h": written_s / 3600,
-            "scoring_h": judged / (plan.gpu.flops * constant("prefill_flops_share")) / 3600,
+            "scoring_h": judged / (plan.gpus * plan.gpu.flops * constant("prefill_flops_share")) / 3600,
             "pretrain_days": recipe.pretrain.tokens / sequence * sequence_s / 86400, "samples_min": samples_s / 60}
+
+
+def stage_sizes(plan: Plan) -> dict:
+    """Memory of each stage that trains, and the disk of all."""
+    return {"memory": [{"stage": name, "GPUs": stage.gpus, "tokens at once": f"{stage.sequences} x {stage.tokens}",
+                        "GiB, training": f"{total(estimate.training_memory(plan, name)):.1f}"}
+                       for name, stage in plan.stages.items()],
+            "disk": [{"disk": line.name, "GB": f"{line.value:.0f}", "arithmetic": line.how} for line in disk(plan)],
+            "saves": checkpoints(plan, simulate_step(plan).seconds), "save_s": checkpoint(plan).value,
+            "checkpoint_gb": checkpoint_gb(plan).value,
+            "room_gib": plan.gpu.gib - constant("reserve_gib")}
 
 
 def markdown(rows: list[dict]) -> str:
@@ -149,8 +203,8 @@ def pages() -> dict[str, str]:
     estimates = templates.get_template("estimates.md.j2").render(
         mean_tokens=paper.mean_tokens, sizes=sizes_table(), constants=CONSTANTS)
     plan_page = templates.get_template("paper_plan.md.j2").render(
-        step=simulate_step(planned("paper", _CHANGES["served"])), changes=changes_table(), nodes=paper.nodes,
-        grpo_bound=simulate_step(paper).bound.name, **stage_times())
+        step=simulate_step(paper), changes=changes_table(), nodes=paper.nodes,
+        readings=readings(paper), grpo_bound=simulate_step(paper).bound.name, **stage_times(), **stage_sizes(paper))
     texts = {"estimates.md": estimates, "paper_plan.md": plan_page}
     for name, sets in _CHANGES["deepspeed"].items():
         texts[f"deepspeed/{name}.json"] = json.dumps(deepspeed_config(load_recipe("paper", sets)), indent=1)

@@ -20,9 +20,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from lwzlib.base.paths import CLUSTER_JOBS, ROOT
-from lwzlib.base.quantities import Count, Positive, Section
-from lwzlib.base.recipe import RecipeError, nearest_name, parse_overrides, read_extending
+from lwzlib.base.paths import CLUSTER_JOBS, WORK
+from lwzlib.base.quantities import Count, Positive, Section, nearest_name
+from lwzlib.base.recipe import RecipeError, parse_overrides, read_extending
 
 PROFILES = CLUSTER_JOBS / "profiles"
 _CACHES = {"HF_HOME": "huggingface", "LWZ_CACHE": "lwz", "VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton",
@@ -78,8 +78,8 @@ class Profile(Section):
 
     @property
     def jobs_folder(self) -> Path:
-        """Folder of all jobs: `jobs`, below the repository unless absolute."""
-        return ROOT / self.jobs
+        """Folder of all jobs: `jobs`, beside the runs unless absolute."""
+        return WORK / self.jobs
 
     def __str__(self) -> str:
         """Short account of what the job asks for, for an error of Slurm."""
@@ -111,9 +111,13 @@ def load_profile(choice: str | None = None) -> Profile:
             key, value = table, tree.get(table, {}) | {inner: value}
         tree[key] = value
     try:
-        return Profile.model_validate(tree)
+        profile = Profile.model_validate(tree)
     except ValidationError as error:
         raise ClusterError(f"profile {name}: " + "; ".join(map(_explain, error.errors()))) from None
+    if 60 * profile.minutes <= profile.stop_before_end_s:
+        raise ClusterError(f"profile {name}: time = {profile.time} must be longer than stop_before_end_s = "
+                           f"{profile.stop_before_end_s} s, or the notebook is interrupted as soon as it starts")
+    return profile
 
 
 def _profile_path(source: str) -> Path:

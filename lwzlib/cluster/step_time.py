@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import beta
 
-from lwzlib.cluster.estimate import Line, Plan, constant, shape_of, slots, total
+from lwzlib.cluster.disk import checkpoint_gb
+from lwzlib.cluster.estimate import Line, Plan, constant, judge_shape, slots, total
 
 _SEED = 0
 
@@ -49,7 +50,8 @@ def decode_s(plan: Plan, running: int, context: float) -> float:
     read once, or the arithmetic takes longer; and an overhead that does not depend on the model."""
     served = plan.recipe.vllm.mode != "none"
     parallel = plan.recipe.vllm.tensor_parallel if served else 1
-    read_bytes = plan.model.parameters * plan.dtype_bytes + running * plan.model.kv_bytes(context, plan.dtype_bytes)
+    width = plan.dtype_bytes if served else plan.stages["grpo"].weight_bytes
+    read_bytes = plan.model.parameters * width + running * plan.model.kv_bytes(context, width)
     reading = read_bytes / (parallel * plan.gpu.bandwidth * constant("decode_bandwidth_share"))
     computing = plan.model.flops(running, context, 1) / (parallel * plan.gpu.flops * constant("prefill_flops_share"))
     return constant("decode_overhead_s" if served else "transformers_overhead_s") + max(reading, computing)
@@ -96,17 +98,22 @@ def micro_s(plan: Plan, tokens: float, passes: int) -> float:
     return max(operations / (plan.gpu.flops * constant("train_flops_share")), sent * plan.dtype_bytes / _network(plan))
 
 
-def training_s(plan: Plan, tokens: np.ndarray, passes: int) -> tuple[float, float]:
-    """(seconds, of them waiting) of a step's micro-batches: each lasts as long as the longest of its GPUs."""
-    longest = tokens.reshape(-1, plan.recipe.grpo.micro_batch_completions).max(1)
-    rounds = longest.reshape(-1, plan.training_gpus)
+def training_s(plan: Plan, tokens: np.ndarray, passes: int, by_length: bool = False) -> tuple[float, float]:
+    """(seconds, of them waiting) of a step's micro-batches: each lasts as long as the longest of its GPUs. `by_length`: each
+    GPU takes its completions in order of length (`base.lean_grpo`)."""
+    own = tokens.reshape(plan.training_gpus, -1)
+    ordered = np.sort(own)[:, ::-1] if by_length else own
+    rounds = ordered.reshape(plan.training_gpus, -1, plan.recipe.grpo.micro_batch_completions).max(2).T
     seconds = sum(micro_s(plan, gpus.max(), passes) for gpus in rounds)
     return seconds, seconds - sum(micro_s(plan, longest, passes) for longest in rounds.flat) / plan.training_gpus
 
 
 def scoring(plan: Plan, tokens: np.ndarray) -> Line:
     """Seconds of the Writing RM: its arithmetic, or, sharded by ZeRO-3 beside the policy, the gathering of its weights."""
-    recipe, judge, a_gpu = plan.recipe, shape_of(plan.recipe.writing_rm.model), plan.completions / plan.training_gpus
+    if plan.recipe.reward.by_language_model:
+        return Line("language model as judge", 0.0, f"NOT COUNTED: {plan.completions} completions by "
+                    f"{plan.recipe.reward.writing.model}, as long as the server at reward.writing.url takes")
+    recipe, judge, a_gpu = plan.recipe, judge_shape(plan.recipe), plan.completions / plan.training_gpus
     gpus = constant("rm_gpus") if recipe.reward.writing.url else plan.training_gpus
     billions = f"{judge.parameters / 1e9:.1f}e9 parameters"
     seconds = judge.flops(tokens.sum(), tokens.mean() / 2, 1) / (gpus * plan.gpu.flops * constant("prefill_flops_share"))
@@ -138,7 +145,13 @@ def simulate_step(plan: Plan) -> Step:
     if served:
         seconds, waiting = training_s(plan, tokens, 1)
         lines.append(Line("log-probabilities", seconds, "a forward pass: TRL corrects for vLLM's other numerics"))
-    seconds, more = training_s(plan, tokens, passes)
+    seconds, more = training_s(plan, tokens, passes, plan.recipe.grpo.loss != "bnpo")
     lines.append(Line("training", seconds, f"{passes} passes over {a_gpu:.0f} completions a GPU, {plan.training_gpus} GPUs; "
-                      "each micro-batch waits for its longest"))
+                      "the longest first; each micro-batch waits for its longest"))
     return Step(lines, tail, waiting + more)
+
+
+def checkpoint(plan: Plan) -> Line:
+    """Seconds to save a checkpoint of GRPO."""
+    saved, speed = checkpoint_gb(plan), constant("checkpoint_gbs")
+    return Line("checkpoint", saved.value / speed, f"{saved.how} / {speed:g} GB/s")

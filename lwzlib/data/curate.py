@@ -15,7 +15,7 @@ from lwzlib.base.rows import DataError, read_yaml, rows_of, validated, write_row
 from lwzlib.data.word_ranges import Range, enforce
 from lwzlib.endpoints import llm
 from lwzlib.method.queries import Query
-from lwzlib.method.text import fold
+from lwzlib.method.text import fold, language_of
 
 _PROMPTS = read_yaml(TEXTS / "curation_prompts.yaml")
 FILTER, RANGE = _PROMPTS["filter"], _PROMPTS["range"]  # {`en` or `zh`: prompt with {query}}
@@ -42,7 +42,7 @@ async def curate(settings: llm.Settings, source: str, out: Path) -> tuple[list[Q
     worthy, kept, rejects, spent = [], [], [], llm.Spent()
 
     async def judged(prompts, answer, queries, title):
-        requests = [llm.Request(prompts[query.language].replace("{query}", query.query), answer) for query in queries]
+        requests = [llm.Request(prompts[language_of(query.query)].replace("{query}", query.query), answer) for query in queries]
         for query, reply in zip(queries, await llm.ask(requests, settings, replies, spent, title), strict=True):
             if isinstance(reply, llm.NoAnswer):
                 rejects.append(_reject(query.id, query.query, "no valid answer", reply))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lwzlib.base.paths import TEXTS
 from lwzlib.base.rows import read_yaml
-from lwzlib.method.text import count_words, has_han, language_of, split_sentences
+from lwzlib.method.text import count_words, language_of, split_sentences
 
 _STOPS = ".!?。！？；;\n"
 _ENDED = re.compile(r"[.!?。！？；;][\"'”’」』）)]*$")
@@ -30,7 +30,7 @@ def wordings(language: str) -> dict:
 
 def join(sentences: Iterable[str]) -> str:
     """Text of the sentences: a line break follows one without a stop (a heading, a verse), a space one without Han."""
-    return "".join(s + ("\n" if not _ENDED.search(s) else "" if has_han(s) else " ") for s in sentences).rstrip()
+    return "".join(s + ("\n" if not _ENDED.search(s) else "" if language_of(s) == "zh" else " ") for s in sentences).rstrip()
 
 
 def plain(text: str) -> str:

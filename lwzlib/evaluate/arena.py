@@ -22,12 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lwzlib.base.rows import DataError, read_rows, rows_of, validated, write_rows
 from lwzlib.endpoints import llm
-from lwzlib.evaluate.common import filled, judge_prompts
+from lwzlib.evaluate.common import filled, judge_prompts, with_openings
 from lwzlib.evaluate.elo import ArenaError
 from lwzlib.method.text import language_of, shown
+from lwzlib.method.writing_rm import is_writing_rm
 
 JUDGE = judge_prompts("arena")
 COLUMNS = ["query_id", "first", "second", "winner", "judge", "reason"]
+SCHEMA = "a judgment is {query_id, first, second, winner: first, second, tie or null, judge, reason}"
 _PROMPTS_IN_MEMORY = 1000  # each holds two whole texts
 _WINNERS = {"A": "first", "B": "second", "tie": "tie"}
 
@@ -82,7 +84,7 @@ class _Judgment(BaseModel):
     reason: str = ""
 
 
-class _Verdict(BaseModel):
+class Verdict(BaseModel):  # noqa: D101  # a docstring would stand in the JSON schema that an endpoint gets
     winner: Literal["A", "B", "tie"]
     reason: str = ""
 
@@ -96,7 +98,8 @@ def read_arena(source: str) -> Arena:
     """The public form: a JSONL file or `hub:<dataset>`, rows idx, question, type, baseline_response.
 
     The dataset's card does not show how `baseline_response` holds its six models. Taken are {model: text}, a list of
-    {model, response}, either of them as a JSON string, or nothing. Raises DataError, naming the place.
+    {model, response}, either of them as a JSON string, or nothing. Plans are taken off, as from the player's texts. Raises
+    DataError, naming the place.
     """
     tasks, texts = {}, {}
     for place, content in rows_of(source):
@@ -109,7 +112,12 @@ def read_arena(source: str) -> Arena:
             texts.setdefault(model, {})[task.id] = text
     if not tasks:
         raise DataError(f"{source} has no row")
-    return Arena(tasks, texts)
+    return Arena(tasks, {model: _shown(own) for model, own in texts.items()})
+
+
+def _shown(texts: dict[str, str]) -> dict[str, str]:
+    """Texts of one model as a judge reads them."""
+    return {task: shown(text) for task, text in with_openings(texts).items()}
 
 
 def _baselines(place: str, responses) -> dict[str, str]:
@@ -148,8 +156,8 @@ def read_player(source: str | Path, arena: Arena) -> dict[str, str]:
         row = validated(place, content, _Completion)
         if row.id not in arena.tasks or row.id in texts:
             raise DataError(f"{place}: id {row.id!r} " + ("is answered twice" if row.id in texts else "is not in the arena"))
-        texts[row.id] = shown(row.completion)
-    return texts
+        texts[row.id] = row.completion
+    return _shown(texts)
 
 
 def player_name(arm: str, step: float) -> str:
@@ -176,12 +184,15 @@ def samples_of_run(folder: Path) -> dict[str, list[dict]]:
 
 
 def matches(arena: Arena) -> list[Match]:
-    """Both orders of every pair of models, on every query that both answered."""
+    """Both orders of every pair of models, on every query that both answered. Raises ArenaError if there is none."""
     both_orders = []
     for one, other in combinations(sorted(arena.texts), 2):
         for task in arena.tasks:
             if task in arena.texts[one] and task in arena.texts[other]:
                 both_orders += [Match(task, one, other), Match(task, other, one)]
+    if not both_orders:
+        raise ArenaError(f"no two models answered the same query; the arena has {', '.join(arena.texts) or 'no model'}: give "
+                         "`--player name=FILE` for one more")
     return both_orders
 
 
@@ -191,7 +202,7 @@ async def judged_by_llm(arena: Arena, pairs: list[Match], settings: llm.Settings
     rows, spent = [], llm.Spent()
     for start in range(0, len(pairs), _PROMPTS_IN_MEMORY):
         part = pairs[start : start + _PROMPTS_IN_MEMORY]
-        requests = [llm.Request(judge_prompt(arena, match), _Verdict) for match in part]
+        requests = [llm.Request(judge_prompt(arena, match), Verdict) for match in part]
         title = f"judge, from {start:,} of {len(pairs):,}:"
         for match, verdict in zip(part, await llm.ask(requests, settings, replies, spent, title), strict=True):
             winner, reason = ((None, str(verdict)) if isinstance(verdict, llm.NoAnswer) else
@@ -226,6 +237,13 @@ def judged_by_scores(pairs: list[Match], scores: Mapping[tuple[str, str], float]
     return judgment_table(rows)
 
 
+def writing_rm_of(run: Path, named: str = "stage") -> Path:
+    """Folder of the Writing RM that is `named`, else of the one that a run trained, or of the public one that it measured."""
+    if is_writing_rm(named):
+        return Path(named)
+    return run / "judge" if (run / "judge" / "writing_rm.json").is_file() else run / "writing-rm" / "model"
+
+
 def judged_by_writing_rm(arena: Arena, folder: str | Path, margin: float) -> pd.DataFrame:
     """Every pair in both orders by the scores of the Writing RM in `folder`. Raises RewardError if there is none."""
     from lwzlib.method.rewards import RewardError, WritingReward
@@ -239,14 +257,19 @@ def judged_by_writing_rm(arena: Arena, folder: str | Path, margin: float) -> pd.
 
 def read_judgments(path: str | Path) -> pd.DataFrame:
     """Judgments from a JSONL file, of people or of models. Raises DataError at the first row that breaks the schema or
-    judges again what the same judge was already shown in that order."""
+    judges again what the same judge was already shown in that order, and if there is none."""
     rows = {}
     for place, content in rows_of(str(path)):
-        judgment = validated(place, content, _Judgment)
+        try:
+            judgment = validated(place, content, _Judgment)
+        except DataError as error:
+            raise DataError(f"{error}; {SCHEMA}") from None
         key = judgment.query_id, judgment.first, judgment.second, judgment.judge
         if judgment.first == judgment.second or key in rows:
             raise DataError(f"{place}: {' / '.join(key)} " + ("was judged before" if key in rows else "plays itself"))
         rows[key] = judgment.model_dump()
+    if not rows:
+        raise DataError(f"{path} has no judgment; {SCHEMA}")
     return judgment_table(rows.values())
 
 

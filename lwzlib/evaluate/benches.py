@@ -1,6 +1,6 @@
 """The benchmarks by name: what each asks, and how its completions are written.
 
-WritingBench names its own sampling. Arena-Write and LongBench-Write name none: theirs is that of LongWriter-Zero's model card.
+WritingBench and LongBench-Write name their own sampling. Arena-Write names none: it gets that of LongWriter-Zero's model card.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from lwzlib.base.kit import LONGBENCH
 from lwzlib.base.quantities import Decoding, Prompt
-from lwzlib.base.rows import DataError, write_rows
+from lwzlib.base.rows import DataError, validated, write_rows
 from lwzlib.endpoints import engines
 from lwzlib.evaluate import arena, longbench, writingbench
 from lwzlib.method.prompts import framed
@@ -32,7 +32,7 @@ class Bench(NamedTuple):
 
 BENCHES = {
     "writingbench": Bench(writingbench.read_benchmark, "query", "domain1", writingbench.DECODING),
-    "longbench": Bench(longbench.read_benchmark, "prompt", "type", _CARD, LONGBENCH),
+    "longbench": Bench(longbench.read_benchmark, "prompt", "type", longbench.DECODING, LONGBENCH),
     "arena": Bench(lambda source: arena.read_arena(source).tasks, "question", "type", _CARD),
     "queries": Bench(lambda source: {query.id: query for query in load_queries(source)}, "query", "type", _CARD, "kit:heldout"),
 }
@@ -58,7 +58,7 @@ def generate(name: str, source: str, engine: engines.Engine, style: Style | Lite
     """
     bench, items = read_bench(name, source)
     stop = [] if style == "bare" else ["</answer>"]
-    decoding = Decoding(**bench.decoding.model_dump() | {"stop": stop} | (change or {}))
+    decoding = validated("decoding", bench.decoding.model_dump() | {"stop": stop} | (change or {}), Decoding)
     queries = [getattr(item, bench.query) for item in items.values()]
     prompts = [engines.QueryPrompt(str(key), query, framed(query, style, frame, _PROMPT))
                for key, query in zip(items, queries, strict=True)]

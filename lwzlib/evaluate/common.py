@@ -38,8 +38,9 @@ def filled(template: str, **fields: str) -> str:
     return re.sub("{(" + "|".join(fields) + ")}", lambda match: fields[match[1]], template)
 
 
-def read_indexed(source: str | Path, kind: type[Row], known=None) -> dict[int, tuple[str, Row]]:
-    """{index: (its place in the file, row)}, in order. `known`: the benchmark, or None to read one.
+def read_indexed(source: str | Path, kind: type[Row], known=None, notes: list[str] | None = None) -> dict[int, tuple[str, Row]]:
+    """{index: (its place in the file, row)}, in order. `known`: the benchmark, or None to read one. With `notes` the later row
+    of an index that comes twice holds, and a note says so: a run of the authors' scripts that was resumed writes such files.
 
     Raises DataError, which names file, line and field, for a row that is not of that kind, an index that comes twice, one
     that the benchmark lacks, or no row at all.
@@ -48,7 +49,10 @@ def read_indexed(source: str | Path, kind: type[Row], known=None) -> dict[int, t
     for place, content in rows_of(str(source)):
         row = validated(place, content, kind)
         if row.index in rows:
-            raise DataError(f"{place}: index {row.index} was already used at {rows[row.index][0]}; each comes once")
+            repeated = f"{place}: index {row.index} was already used at {rows[row.index][0]}"
+            if notes is None:
+                raise DataError(f"{repeated}; each comes once")
+            notes.append(f"{repeated}; the later row holds")
         if known is not None and row.index not in known:
             raise DataError(f"{place}: index {row.index} is not in the benchmark")
         rows[row.index] = place, row
@@ -58,18 +62,33 @@ def read_indexed(source: str | Path, kind: type[Row], known=None) -> dict[int, t
 
 
 def read_responses(source: str | Path, bench) -> dict[int, str]:
-    """{index: response} of a file of `{index, response}` rows. Raises DataError as `read_indexed` does."""
-    return {index: row.response for index, (_, row) in read_indexed(source, Response, bench).items()}
+    """{index: response} of a file of `{index, response}` rows, `with_openings`. Raises DataError as `read_indexed` does."""
+    return with_openings({index: row.response for index, (_, row) in read_indexed(source, Response, bench).items()})
+
+
+def with_openings(texts: dict) -> dict:
+    """Texts of one model, by any key. If most close a plan that they do not open, the chat template opened it: each text
+    without `<think>` then gets one, even a plan that never ends.
+
+    >>> with_openings({1: "plan</think>Rain.", 2: "plan</think>Snow.", 3: "a plan that never ends"})[3]
+    '<think>a plan that never ends'
+    """
+    closing = sum("</think>" in text and "<think>" not in text for text in texts.values())
+    opened = 2 * closing > len(texts)
+    return {key: f"<think>{text}" if opened and "<think>" not in text else text for key, text in texts.items()}
 
 
 def judged_text(response: str) -> str:
-    """Text after the first closing think tag, and of that what stands in `<answer>`, where these tags are; else the response.
+    """Text after the first closing think tag, and of that what stands in `<answer>`, where these tags are; else the response;
+    "" if its plan never ends.
 
-    >>> judged_text("<think>First the sea.</think>\\n\\n<answer>The sea.</answer>")
-    'The sea.'
+    >>> judged_text("<think>First the sea.</think>\\n\\n<answer>The sea.</answer>"), judged_text("<think>First the sea.")
+    ('The sea.', '')
     """
     _, closed, after = response.partition("</think>")
     text = after.lstrip() if closed else response
+    if text.lstrip().startswith("<think>"):
+        return ""
     return parse(text, "direct").answer if "<answer>" in text else text
 
 

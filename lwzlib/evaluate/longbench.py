@@ -1,14 +1,16 @@
 """LongBench-Write (LongWriter, arXiv 2408.07055): 120 prompts, each with the number of words that it asks for.
 
 Published: S_l scores the length, S_q the quality (a judge gives six dimensions 1-5, the length set aside), S is their mean;
-the authors judge at temperature 0.5 and 1,024 tokens, and show the prompts in four classes of required length.
+the authors judge at temperature 0.5 and 1,024 tokens, leave failed judgments out, and show the prompts in four classes of
+required length. Their script samples at temperature 0.5, with up to 32,768 new tokens: ten prompts ask for 10,000 to 20,000
+words. Words are counted as they count them (`count_published_words`), not as the length reward does, which is harder to cheat.
 
-Departures: the wording of the judge's prompts is this kit's. A judgment that cannot be had stays missing and is counted,
-where the authors' script takes 3 in each dimension. Words are counted on the answer only, as this paper does, and as
-`text.count_words` does. Not published, our choice: a plan that never ends is no answer (0 words); an empty or truncated
+Departures: the wording of the judge's prompts is this kit's; missing judgments are counted. Words are counted on the answer
+only, as this paper does. Not published, our choice: a plan that never ends is no answer (0 words); an empty or truncated
 answer is judged as it stands.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -18,15 +20,19 @@ from pydantic import BaseModel, Field
 
 from lwzlib.base import models
 from lwzlib.base.kit import LONGBENCH
+from lwzlib.base.quantities import Decoding
 from lwzlib.base.rows import DataError, rows_of, validated, write_rows
 from lwzlib.endpoints import llm
+from lwzlib.endpoints.replies import Whole
 from lwzlib.evaluate import common, intervals
-from lwzlib.method.text import count_words, language_of
+from lwzlib.method.text import language_of
 
 JUDGE = common.judge_prompts("longbench")
 JUDGE_SAMPLING = {"temperature": 0.5, "max_tokens": 1_024}
+_HAN, _LATIN_WORD = re.compile("[\u4e00-\u9fff]"), re.compile(r"\b[a-zA-Z]+\b")
 CLASSES = {"below 500 words": 500, "500 to 1,999": 2_000, "2,000 to 3,999": 4_000, "4,000 and more": float("inf")}
-Grade = Annotated[int, Field(strict=True, ge=1, le=5)]
+DECODING = Decoding(temperature=0.5, top_p=1.0, max_new_tokens=32_768)
+Grade = Annotated[int, Whole, Field(strict=True, ge=1, le=5)]
 
 
 class Item(BaseModel):
@@ -74,9 +80,26 @@ def read_benchmark(source: str = LONGBENCH) -> dict[int, Item]:
     return dict(enumerate(items))
 
 
-def read_scores(source: str | Path, bench: dict[int, Item]) -> dict[int, list[Quality]]:
-    """{index: judgments} of a file of `{index, scores: [{relevance, ...}]}` rows. Raises DataError."""
-    return {index: row.scores for index, (_, row) in common.read_indexed(source, Scored, bench).items()}
+def read_scores(source: str | Path, bench: dict[int, Item], notes: list[str] | None = None) -> dict[int, list[Quality]]:
+    """{index: judgments} of a file of `{index, scores: [{relevance, ...}]}` rows; `notes` as in `common.read_indexed`. Raises
+    DataError."""
+    return {index: row.scores for index, (_, row) in common.read_indexed(source, Scored, bench, notes).items()}
+
+
+def notes_on(bench: dict[int, Item], judgments: dict[int, list[Quality]]) -> list[str]:
+    """What was done where something is open: prompts without a judgment."""
+    missing = len(bench) - len(judgments)
+    return [f"{missing:,} of {len(bench):,} prompts have no judgment: they are left out of S_q and S"] if missing else []
+
+
+def count_published_words(text: str) -> int:
+    """Number of words by LongWriter's own count: Han characters of the basic block, and runs of ASCII letters that touch no
+    digit, `_` or other letter.
+
+    >>> count_published_words("GPT4 and 3D models, COVID19"), count_published_words("用GPT写作")
+    (2, 3)
+    """
+    return len(_HAN.findall(text)) + len(_LATIN_WORD.findall(text))
 
 
 def length_score(required_words: int, written_words: int) -> float:
@@ -99,17 +122,11 @@ def quality_score(judgment: Quality) -> float:
     return 25 * (sum(getattr(judgment, name) for name in DIMENSIONS) / len(DIMENSIONS) - 1)
 
 
-def answer_text(response: str) -> str:
-    """The answer in a response: "" if the plan never ends."""
-    text = common.judged_text(response)
-    return "" if text.lstrip().startswith("<think>") else text
-
-
 async def judge_responses(settings: llm.Settings, bench: dict[int, Item], responses: dict[int, str], out: Path,
                           samples: int = 1, prompts: dict[str, str] = JUDGE) -> tuple[dict[int, list[Quality]], list[dict]]:
     """({index: `samples` judgments of the response}, rows of those without a valid answer); see `common.ask_judge`. The score
     file `out` is in the order of the benchmark. Resumes; raises DataError, llm.LLMError and RunError."""
-    filled = {(index,): common.filled(prompts[item.language], query=item.prompt, response=answer_text(responses[index]))
+    filled = {(index,): common.filled(prompts[item.language], query=item.prompt, response=common.judged_text(responses[index]))
               for index, item in bench.items() if index in responses}
     judgments, missing = await common.ask_judge(settings, JUDGE_SAMPLING, filled, Quality, samples, out)
     write_rows(out, (Scored(index=index, scores=grades).model_dump() for (index,), grades in judgments.items()))
@@ -121,7 +138,7 @@ def lengths(bench: dict[int, Item], responses: dict[int, str]) -> pd.DataFrame:
     rows = []
     for index, item in bench.items():
         if index in responses:
-            words = count_words(answer_text(responses[index]))
+            words = count_published_words(common.judged_text(responses[index]))
             rows.append((index, item.type, item.language, item.required_words, words, length_score(item.required_words, words)))
     return pd.DataFrame(rows, columns=["index", "type", "language", "required_words", "written_words", "S_l"])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jinja2
 
-from lwzlib.base.rows import DataError, write_atomic
+from lwzlib.base.rows import DataError, read_text, write_atomic
 from lwzlib.method.text import language_of, shown
 
 _WINNER = {"left": "first", "right": "second", "tie": "tie"}
@@ -122,7 +122,7 @@ def _page_pair(name: str, left: dict, right: dict) -> dict:
 
 def _json(path: Path, *fields: str) -> dict:
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(read_text(path))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict) or any(field not in content for field in fields):

@@ -1,5 +1,9 @@
 """WritingBench (arXiv 2503.05244, github.com/X-PLUG/WritingBench, whose files a user brings: the kit ships none of them).
 
+There are two versions: the first (March 2025; 1,239 queries, whose rows say `criteria`) and the present one (since April 2025;
+1,000 queries, `checklist`, another judging prompt). Both are read; their scores do not compare. The paper's 8.69 seems to be
+of the first: its 8.55 of DeepSeek-R1 and 8.37 of Qwen-Max are WritingBench's own numbers of March 2025.
+
 Published: 1,000 queries, five criteria each, a judge's integer 1-10 for each criterion; sampling of the writer and of the
 judge; how scores aggregate; the leaderboard shows ten times the score. Text up to a closing think tag is not judged.
 
@@ -7,7 +11,8 @@ Departures: the wording of the judge's prompts is this kit's, in English or Chin
 with the leaderboard's (`judge_responses` takes other prompts). A judgment that cannot be had stays missing and is counted,
 where the authors' script stops. A `</think>` counts also without the blank line that their script wants after it, and
 `<answer>` tags, the form that this paper trains, are taken off.
-Not published, our choice: an empty or truncated response is judged as it stands, like any other.
+Not published, our choice: an empty or truncated response is judged as it stands, like any other, and a plan that never ends
+as an empty one.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,11 +20,12 @@ from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
-from pydantic import BaseModel, Field, field_validator
+from pydantic import AliasChoices, BaseModel, Field, field_validator
 
 from lwzlib.base.quantities import Decoding
 from lwzlib.base.rows import DataError, write_rows
 from lwzlib.endpoints import llm
+from lwzlib.endpoints.replies import Whole
 from lwzlib.evaluate import common, intervals
 from lwzlib.evaluate.common import Indexed, read_indexed
 from lwzlib.method.text import language_of
@@ -27,6 +33,7 @@ from lwzlib.method.text import language_of
 JUDGE = common.judge_prompts("writingbench")
 JUDGE_SAMPLING = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 2_048}
 DECODING = Decoding(temperature=0.7, top_p=0.8, top_k=20, max_new_tokens=16_000)
+_CHECKLIST = AliasChoices("checklist", "criteria")
 REQUIREMENTS = ("style", "format", "length")
 
 
@@ -55,17 +62,13 @@ class Criterion(Named):
 class Own(Indexed):
     """A row of a requirement's `_subset_C.jsonl`: which of the query's criteria are about that requirement."""
 
-    checklist: list[Named]
+    checklist: list[Named] = Field(validation_alias=_CHECKLIST)
 
 
-class Item(Indexed):
-    """A row of the benchmark. `lang`, where the file has it, outranks what the query looks like."""
+class Rubric(BaseModel):
+    """What a text is judged by: criteria of different names."""
 
-    domain1: str | None = None
-    domain2: str | None = None
-    lang: str | None = None
-    query: str = Field(min_length=1)
-    checklist: list[Criterion] = Field(min_length=1)
+    checklist: list[Criterion] = Field(min_length=1, validation_alias=_CHECKLIST)
 
     @field_validator("checklist")
     @classmethod
@@ -73,6 +76,17 @@ class Item(Indexed):
         if len({criterion.name for criterion in criteria}) < len(criteria):
             raise ValueError("two criteria have the same name")
         return criteria
+
+
+class _Asked(Indexed):
+    domain1: str | None = None
+    domain2: str | None = None
+    lang: str | None = None
+    query: str = Field(min_length=1)
+
+
+class Item(Rubric, _Asked):
+    """A row of the benchmark. `lang`, where the file has it, outranks what the query looks like."""
 
     @property
     def language(self) -> str:
@@ -86,7 +100,7 @@ class Item(Indexed):
 
 
 class Judgment(BaseModel):  # noqa: D101  # a docstring would stand in the JSON schema that an endpoint gets
-    score: int = Field(strict=True, ge=1, le=10)
+    score: Annotated[int, Whole, Field(strict=True, ge=1, le=10)]
     reason: str
 
 
@@ -104,9 +118,10 @@ def read_benchmark(source: str | Path) -> dict[int, Item]:
     return {index: item for index, (_, item) in read_indexed(source, Item).items()}
 
 
-def read_scores(source: str | Path, bench: dict[int, Item]) -> dict[int, Judgments]:
-    """{index: judgments by criterion} of a score file. Raises DataError, also for a criterion that the query has not."""
-    rows = read_indexed(source, Scored, bench)
+def read_scores(source: str | Path, bench: dict[int, Item], notes: list[str] | None = None) -> dict[int, Judgments]:
+    """{index: judgments by criterion} of a score file. With `notes` the later row of an index holds. Raises DataError, also for
+    a criterion that the query has not."""
+    rows = read_indexed(source, Scored, bench, notes)
     for index, (place, row) in rows.items():
         _check_names(place, row.scores, bench[index])
     return {index: row.scores for index, (_, row) in rows.items()}
@@ -134,6 +149,17 @@ def _check_names(place: str, names: Iterable[str], item: Item) -> None:
     if unknown := [name for name in names if name not in item.names]:
         known = ", ".join(map(repr, item.names))
         raise DataError(f"{place}: query {item.index} has no criterion {unknown[0]!r}; it has {known}")
+
+
+def notes_on(bench: dict[int, Item], judgments: dict[int, Judgments]) -> list[str]:
+    """What was done where the files leave something open: criteria without a judgment, queries without a stated language."""
+    total = sum(len(item.checklist) for item in bench.values())
+    missing = total - sum(len(own) for own in judgments.values())
+    unstated = sum(item.lang not in ("en", "zh") for item in bench.values())
+    notes = [f"{missing:,} of {total:,} criteria have no judgment: they are left out of every sum and mean"] if missing else []
+    if unstated:
+        notes.append(f"no language is stated for {unstated:,} of {len(bench):,} queries: that of most of the text counts")
+    return notes
 
 
 def write_scores(path: Path, bench: dict[int, Item], judgments: dict[int, Judgments]) -> None:

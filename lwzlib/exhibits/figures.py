@@ -28,7 +28,7 @@ ARMS = {"base-nothink": ("#0072B2", "-", "o"), "base-think": ("#D55E00", "-", "s
 LABELS = {"length": "length reward", "format": "format reward", "writing": "Writing RM score", "think_words": "plan, words",
           "answer_words": "answer, words", "completion_tokens": "completion, tokens", "truncated": "share truncated",
           "elo": "Elo, Bradley-Terry", "think_tokens": "plan, tokens", "answer_words_not_truncated": "whole answers, words",
-          "loss": "loss, nats a token"}
+          "loss": "loss, nats a token", "overlong": "overlong punishment"}
 
 
 def styles(arms) -> dict[str, tuple]:
@@ -106,7 +106,7 @@ def held_out(table: pd.DataFrame, ax: Axes, reward: str) -> Axes:
                 ax.plot(mean, at, marker, color=colour, markerfacecolor=fill, markersize=5.5)
     ax.set_yticks(range(len(arms)), arms)
     ax.set(xlabel=LABELS[reward], ylim=(max(len(arms), 1) - 0.5, -0.5))
-    if reward != "writing":
+    if reward in ("length", "format"):
         ax.set_xlim(-0.04, 1.04)
     return ax
 

@@ -8,13 +8,13 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lwzlib.base.recipe import flatten, load_recipe
-from lwzlib.base.rows import RunError, read_rows, read_yaml, write_atomic
-from lwzlib.base.run_folder import status_of
+from lwzlib.base.rows import RunError, read_json, read_rows, write_atomic
+from lwzlib.base.run_folder import provenance_of, stage_folders, status_of
 from lwzlib.exhibits import catalogue, claims, figures
 from lwzlib.exhibits.results import Tables
 from lwzlib.exhibits.run_tables import (
     REWARDS,
+    departures_of,
     held_out_changes,
     held_out_table,
     made_by,
@@ -22,6 +22,7 @@ from lwzlib.exhibits.run_tables import (
     padding_share,
     quarter_means,
     run_table,
+    stage_quantities,
 )
 from lwzlib.method.overlap import find_overlap
 from lwzlib.method.text import parse
@@ -93,7 +94,7 @@ def run_list(tables: Tables, runs: Path) -> list[dict]:
                 listed.append(run)
     for run in listed:
         stages = sorted(run["folder"].glob("*/recipe.yaml")) if run["folder"] else []
-        run["asked"] = {name: " or ".join(map(str, values)) for name, values in _quantities(stages).items()}
+        run["asked"] = {name: " or ".join(map(str, values)) for name, values in stage_quantities(stages).items()}
     return listed
 
 
@@ -163,31 +164,16 @@ def write_report(folder: str | Path) -> Path:
     if not folder.is_dir():
         raise RunError(f"no run folder {folder}; `lwz run nano` makes runs/nano")
     table, held_out = run_table(folder), held_out_table(folder)
-    quantities = _quantities(sorted([*folder.glob("*/recipe.yaml"), *folder.glob("*/*/recipe.yaml")]))
+    kept = [path for path in sorted([*folder.glob("*/recipe.yaml"), *folder.glob("*/*/recipe.yaml")])
+            if path.parent.parent.name != "judges"]  # measured beside the run's own
+    quantities = stage_quantities(kept)
     return _write(
         folder / "report.html", title=folder.name,
         quarters=quarter_means(table).to_dict("records") if len(table) else [],
         curves=figures.svg(figures.panel(table)) if len(table) else "", samples=_samples(held_out), judge=_judge(folder),
         pretrained=_pretrained(folder), heldout=_means(held_out), changes=held_out_changes(held_out).to_dict("records"),
         heldout_figure=figures.svg(figures.held_out_panel(held_out)) if len(held_out) else "",
-        asked=quantities, departures=_departures(quantities), stages=_stages(folder))
-
-
-def _quantities(stages: list[Path]) -> dict[str, list]:
-    """{quantity: its values} of the recipes of stages: more than one value where an arm has its own."""
-    quantities: dict[str, list] = {}
-    for path in stages:
-        content = read_yaml(path)
-        content.pop("inputs")
-        for name, value in flatten(content).items():
-            values = quantities.setdefault(name, [])
-            values += [value] if value not in values else []
-    return quantities
-
-
-def _departures(quantities: dict[str, list]) -> list[tuple[str, object, list]]:
-    paper = flatten(load_recipe("paper").model_dump(mode="json"))
-    return [(name, paper[name], values) for name, values in quantities.items() if name in paper and values != [paper[name]]]
+        asked=quantities, departures=departures_of(quantities), stages=_stages(folder))
 
 
 def _judge(folder: Path) -> dict:
@@ -195,7 +181,7 @@ def _judge(folder: Path) -> dict:
     path = folder / "writing-rm" / "quality.json"
     if not path.exists():
         return {}
-    quality = json.loads(path.read_text())
+    quality = read_json(path)
     figure = Figure(figsize=(6.8, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     figures.accuracy(quality, left)
@@ -238,9 +224,9 @@ def _samples(held_out: pd.DataFrame, queries: int = 6) -> list[dict]:
 def _stages(folder: Path) -> list[dict]:
     """Each stage in the order in which they were started, with its status and provenance."""
     stages = []
-    for path in folder.glob("**/provenance.json"):
-        origin = json.loads(path.read_text())
+    for stage in stage_folders(folder):
+        origin = provenance_of(stage)
         versions = [f"{name} {version}" for name, version in origin["versions"].items()]
         machine = ", ".join([origin["hardware"], f"Python {origin['python']}", *versions])
-        stages.append({"stage": str(path.parent.relative_to(folder)), "machine": machine} | status_of(path.parent) | origin)
+        stages.append({"stage": str(stage.relative_to(folder)), "machine": machine} | status_of(stage) | origin)
     return sorted(stages, key=lambda row: (row["started"], row["stage"]))

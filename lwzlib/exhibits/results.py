@@ -40,6 +40,7 @@ class _Row(BaseModel):
     commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}\+?$")]  # + : with other changes, see provenance.commit_of
     hardware: _Said
     versions: _Said
+    shared: str | None = None  # stages that it took from another seed's run
 
 
 class RlRow(_Row):
@@ -154,7 +155,7 @@ def read_tables(results: Path = FIGURES / "results", published: Path = FIGURES /
 
 def _checked(path: Path, kind: type[BaseModel], key: list[str]) -> pd.DataFrame:
     rows, seen, runs = [], {}, {}
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         for cells in reader:
             place = f"{path}, line {reader.line_num}"

@@ -1,30 +1,50 @@
 """Run folders as tables: a row per RL step, per held-out sample, per source of the pretraining tokens; and their export."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lwzlib.base.provenance import commit_of
-from lwzlib.base.recipe import load_recipe
-from lwzlib.base.rows import DataError, read_rows, read_yaml
-from lwzlib.base.run_folder import status_of
-from lwzlib.evaluate.intervals import bootstrap_mean
+from lwzlib.base.recipe import flatten, load_recipe
+from lwzlib.base.rows import DataError, read_json, read_rows, read_yaml
+from lwzlib.base.run_folder import provenance_of, status_of
+from lwzlib.evaluate.intervals import bootstrap_mean, t_interval
 
-REWARDS = ("length", "writing", "format")
+REWARDS = ("length", "writing", "format", "overlong")
 METRICS = (*REWARDS, "think_words", "answer_words", "think_tokens", "answer_tokens", "completion_tokens",
            "answer_words_not_truncated", "truncated", "groups_without_variance", "entropy", "loss", "step_s")
 _TEXTS = ["type", "query", "word_range", "completion"]  # columns of a held-out sample that stay in the run folder
 
 
 def made_by(stage: Path) -> dict:
-    """Provenance of an arm's stage: model, arm, seed, fingerprint, commit, hardware, versions."""
-    provenance, status = (json.loads((stage / f"{name}.json").read_text()) for name in ("provenance", "status"))
+    """Provenance of an arm's stage: model, arm, seed, fingerprint, commit, hardware, versions; `shared`: what it took from
+    another seed, where it did."""
+    provenance, status = provenance_of(stage), status_of(stage)
     recipe = read_yaml(stage / "recipe.yaml")
+    shared = ", ".join(f"{name} of {seed}" for name, seed in recipe["inputs"].get("shared", {}).items())
     return {"model": recipe["model"]["name"], "arm": stage.parent.name, "seed": recipe["seed"],
-            "fingerprint": status["fingerprint"], "commit": commit_of(provenance), "hardware": provenance["hardware"],
-            "versions": " ".join(f"{name} {version}" for name, version in provenance["versions"].items())}
+            "fingerprint": status.get("fingerprint", ""), "commit": commit_of(provenance), "hardware": provenance["hardware"],
+            "versions": " ".join(f"{name} {version}" for name, version in provenance["versions"].items()),
+            **({"shared": shared} if shared else {})}
+
+
+def stage_quantities(stages: list[Path]) -> dict[str, list]:
+    """{quantity: its values} of the recipes of stages: more than one value where an arm has its own."""
+    quantities: dict[str, list] = {}
+    for path in stages:
+        content = read_yaml(path)
+        content.pop("inputs")
+        for name, value in flatten(content).items():
+            values = quantities.setdefault(name, [])
+            values += [value] if value not in values else []
+    return quantities
+
+
+def departures_of(quantities: dict[str, list]) -> list[tuple[str, object, list]]:
+    """(quantity, value in `paper`, values here) of each of `stage_quantities` that departs from the paper."""
+    paper = flatten(load_recipe("paper").model_dump(mode="json"))
+    return [(name, paper[name], values) for name, values in quantities.items() if name in paper and values != [paper[name]]]
 
 
 def run_table(folder: str | Path) -> pd.DataFrame:
@@ -53,11 +73,12 @@ def held_out_table(folder: str | Path, during: bool = False) -> pd.DataFrame:
 def _phase_rows(folder: Path, arm: str, phase: str) -> list[dict]:
     stage = folder / arm / f"samples-{phase}"
     paths = sorted(stage.glob("samples*.jsonl"), key=lambda path: (len(path.stem), path.stem))
-    if not paths:
+    if not paths or not (stage / "recipe.yaml").is_file():  # not begun
         return []
     recipe, rows = read_yaml(stage / "recipe.yaml"), []
     algorithm, start = (recipe["inputs"].get(name, old) for name, old in (("algorithm", "grpo"), ("start", "base")))
-    origin = made_by(stage) | {"judge": judge_of(folder, recipe, arm), "algorithm": algorithm, "start": start, "phase": phase}
+    origin = made_by(stage) | {
+        "judge": judge_identity(folder, recipe, arm), "algorithm": algorithm, "start": start, "phase": phase}
     for path in paths:
         step = {"before": 0, "during": path.stem.rpartition("_")[2], "after": recipe.get("grpo", {}).get("steps")}[phase]
         rl_step = {"step": int(step) if algorithm == "grpo" else None}
@@ -65,15 +86,24 @@ def _phase_rows(folder: Path, arm: str, phase: str) -> list[dict]:
     return rows
 
 
-def judge_of(folder: str | Path, recipe: dict, arm: str) -> str:
-    """Identity of the Writing RM that scored an arm's samples, by the recipe of that stage; "" where none did."""
+def judge_identity(folder: str | Path, recipe: dict, arm: str) -> str:
+    """Identity of the judge (of a Writing RM, its own) that scored an arm's samples, by the recipe of that stage; or ""."""
     reward = recipe.get("reward", {})
-    name = reward.get("writing", {}).get("model", "") if reward.get("weights", {}).get("writing") else ""
-    folders = [Path(folder) / arm / "writing-rm", Path(folder) / "writing-rm"]
-    for model in [place / "model" for place in folders] if name == "stage" else [Path(name)]:
+    writing = reward.get("writing", {})
+    name = writing.get("model", "") if reward.get("weights", {}).get("writing") else ""
+    if name and writing.get("judge", "reward-model") != "reward-model":
+        return f"{name}, {writing['judge']}, {writing['prompts']}"
+    places = (Path(folder) / arm, Path(folder))
+    own, measured = [place / "writing-rm" / "model" for place in places], [place / "judge" for place in places]
+    for model in own if name == "stage" else [Path(name), *measured]:
         if name and (model / "writing_rm.json").is_file():
-            return json.loads((model / "writing_rm.json").read_text())["identity"]
+            return read_json(model / "writing_rm.json")["identity"]
     return ""
+
+
+def before_and_after(samples: pd.DataFrame, reward: str) -> pd.DataFrame:
+    """Columns before and after of one arm's reward, by the id of each query that has both."""
+    return samples.pivot(index="id", columns="phase", values=reward).reindex(columns=["before", "after"]).dropna()
 
 
 def held_out_changes(table: pd.DataFrame) -> pd.DataFrame:
@@ -82,11 +112,31 @@ def held_out_changes(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for reward in (name for name in REWARDS if name in table):
         for arm, samples in table.groupby("arm", sort=False):
-            pairs = samples.pivot(index="id", columns="phase", values=reward).reindex(columns=["before", "after"]).dropna()
-            if len(pairs):
+            if len(pairs := before_and_after(samples, reward)):
                 difference, low, high = bootstrap_mean(pairs.after - pairs.before)
                 rows.append({"arm": arm, "reward": reward, "queries": len(pairs), "before": pairs.before.mean(),
                              "after": pairs.after.mean(), "difference": difference, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def seed_table(folders: list[Path]) -> pd.DataFrame:
+    """Held-out rewards over seeds, a run folder each: of the seeds' means before and after, and of their change, the mean and
+    its 95% interval by Student's t, `_low` and `_high` (NaN for one seed). A row per arm and reward, with the seeds that have
+    both phases, what they share, and the commits that made them. Empty without such seeds."""
+    tables = [held_out_table(folder) for folder in folders]
+    changes = [held_out_changes(table).assign(seed=table.seed.iloc[0]) for table in tables if len(table)]
+    changes = [rows for rows in changes if len(rows)]
+    if not changes:
+        return pd.DataFrame()
+    samples, rows = pd.concat(tables, ignore_index=True), []
+    for (arm, reward), of_seeds in pd.concat(changes).rename(columns={"difference": "change"}).groupby(
+            ["arm", "reward"], sort=False):
+        row = {"arm": arm, "reward": reward, "seeds": " ".join(map(str, of_seeds.seed))}
+        for name in ("before", "after", "change"):
+            low, high = t_interval(of_seeds[name])
+            row |= {name: of_seeds[name].mean(), f"{name}_low": low, f"{name}_high": high}
+        made = samples[(samples.arm == arm) & samples.seed.isin(of_seeds.seed)].reindex(columns=["shared", "commit"])
+        rows.append(row | {name: ", ".join(sorted(set(made[name].dropna()))) for name in made})
     return pd.DataFrame(rows)
 
 
@@ -172,7 +222,7 @@ def export(folders: list[Path], to: Path) -> dict[Path, int]:
 def _check_finished(folder: Path) -> None:
     for path in sorted(Path(folder).glob("**/status.json")):
         status, (*arm, stage) = status_of(path.parent), path.parent.relative_to(folder).parts
-        if status.get("state") != "finished":
+        if status.get("state") != "finished" and arm != ["judges"]:  # those of `lwz judge-quality` are no part of a run
             at = f", at step {status['step']} of {status['total']}" if status.get("total") else ""
             raise DataError(f"{folder}: {stage} of {'/'.join(arm) or 'all arms'} is {status.get('state')}{at}; `lwz run` goes "
                             "on with it; remove its folder if the recipe asks for it no more")

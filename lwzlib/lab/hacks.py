@@ -14,16 +14,19 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from lwzlib.base.awaited import scores_of
 from lwzlib.base.paths import TEXTS
 from lwzlib.base.rows import read_rows
 from lwzlib.data.damage import OTHER_LANGUAGE, endless, fill, join, reword, wordings
-from lwzlib.method.advantage import fuse
+from lwzlib.method.advantage import PAPER, Fusion
 from lwzlib.method.prompts import wrap
 from lwzlib.method.text import count_words, parse, split_sentences
 
 _ZERO_WIDTH, _THIN = "\u200b", 3  # a text of a third of the words, each of which shall count three times
 _LOOK_ALIKES = str.maketrans("aeopcyxiAEOPCTBHMK", "аеорсухіΑΕＯРСＴВНМК")
 _TOPIC = re.compile(r"[A-Za-z]{5,}|[\u4e00-\u9fff]{2,4}")
+_OTHER_SCRIPT = {"en": "水", "zh": "water"}
+_MARKED = re.compile(r"[aeiouy\u4e00-\u9fff]")
 _STUB = {"en": "The text is above.", "zh": "全文见上。"}
 
 
@@ -94,6 +97,19 @@ def _alternating(honest: Honest, rng: random.Random) -> Iterator[str]:
     return itertools.chain.from_iterable(zip(itertools.cycle(honest.sentences), foreign, strict=False))
 
 
+def _script_mixing(honest: Honest, rng: random.Random) -> Iterator[str]:
+    """The paraphrase loop with a word of another script in each sentence."""
+    for sentence in _loop(honest, rng, reframe=True):
+        place = sentence.find(" ", len(sentence) // 2) + 1 or len(sentence) // 2
+        yield sentence[:place] + _OTHER_SCRIPT[honest.language] + sentence[place:]
+
+
+def _marked(honest: Honest, rng: random.Random) -> Iterator[str]:
+    """The loop of the opening, with other combining marks on its letters each time."""
+    for sentence in itertools.cycle(honest.opening):
+        yield _MARKED.sub(lambda letter: letter[0] + chr(rng.randrange(0x300, 0x36F)), sentence)
+
+
 _ENDLESS: dict[str, Callable[..., Iterator[str]]] = {  # (honest, rng): sentences, of which as many are taken as fit
     "repetition": lambda honest, rng: itertools.cycle(honest.opening),
     "paraphrase_loop": partial(_loop, reframe=True),
@@ -101,6 +117,8 @@ _ENDLESS: dict[str, Callable[..., Iterator[str]]] = {  # (honest, rng): sentence
     "numbered_templates": partial(_numbered, kind="templates"),
     "keyword_inflation": _keywords,
     "language_alternation": _alternating,
+    "script_mixing": _script_mixing,
+    "combining_marks": _marked,
     "headings": partial(_numbered, kind="keywords", heading="## {n}. {topic}: "),
     "prompt_copy": lambda honest, rng: itertools.repeat(honest.query),
 }
@@ -141,35 +159,66 @@ ATTACKS: dict[str, Callable[[Honest, int, random.Random], str]] = {  # the int: 
 }
 
 
-def attack_table(rewards: dict[str, Callable], weights, mode: str = "zscore", words_factor: float | None = None, seed: int = 0,
-          among: list[list[Honest]] | None = None) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Tries:
+    """Attacks on the first of a group, each at several lengths: `attacks`, the `texts` and `words` of what they made, the
+    group's own texts, and `rewards` (tries, members + 1, components) of the group with each of them as its last member."""
+
+    attacks: list[str]
+    texts: list[str]
+    words: list[int]
+    group: list[str]
+    rewards: np.ndarray
+
+
+def attack_table(rewards: dict[str, Callable], weights, fusion: Fusion = PAPER, words_factor: float | None = None,
+                 seed: int = 0, among: list[list[Honest]] | None = None) -> pd.DataFrame:
     """One row per attack, averaged over the groups (default: the kit's), the ones that pay best first.
 
     The attack on the first of a group joins the group as one more member, its original stays. Of three lengths (the
     original's, the middle and the upper bound of the range) it takes the one that pays best, as a policy would; with
-    `words_factor`, that many times the original's. `weights` has one number for each of `rewards`, `mode` is one of
-    `advantage.MODES`. Columns: attack, words (of the hacked answer), honest_ and hacked_ of each raw reward and of the
-    fused advantage, their difference, and wins: the share of groups in which the attack beats its original.
+    `words_factor`, that many times the original's. `weights` has one number for each of `rewards`. Columns: attack, words (of
+    the hacked answer), honest_ and hacked_ of each raw reward and of the advantage by `fusion`, their difference, and wins: the
+    share of groups in which the attack beats its original.
     """
-    rows = [row for group in among or groups() for row in _compare(group, rewards, weights, mode, words_factor, seed)]
-    return pd.DataFrame(rows).groupby("attack", as_index=False).mean().sort_values("difference", ascending=False)
+    return fusion_table(rewards, weights, {"": fusion}, words_factor, seed, among).drop(columns="fusion")
 
 
-def _compare(group: list[Honest], rewards, weights, mode, words_factor, seed) -> Iterator[dict]:
+def fusion_table(rewards: dict[str, Callable], weights, fusions: dict[str, Fusion], words_factor: float | None = None,
+                 seed: int = 0, among: list[list[Honest]] | None = None) -> pd.DataFrame:
+    """The `attack_table` of each of `fusions`, one below the other, with its name in the column `fusion`; each text is scored
+    once."""
+    tries = [_tried(group, rewards, words_factor, seed) for group in among or groups()]
+    tables = []
+    for name, fusion in fusions.items():
+        rows = pd.DataFrame(row for group in tries for row in _compare(group, list(rewards), weights, fusion))
+        means = rows.groupby("attack", as_index=False).mean().sort_values("difference", ascending=False)
+        tables.append(means.assign(fusion=name))
+    return pd.concat(tables)
+
+
+def _tried(group: list[Honest], rewards: dict[str, Callable], words_factor: float | None, seed: int) -> Tries:
     honest, own = group[0], count_words(group[0].answer)
     lengths = [own, sum(honest.word_range) // 2, honest.word_range[1]] if words_factor is None else [round(own * words_factor)]
     tries = list(itertools.product(ATTACKS, lengths))
     hacked = [ATTACKS[name](honest, n, random.Random(f"{seed} {name} {honest.id} {n}")) for name, n in tries]
-    completions = [wrap(member.plan, member.answer, "think") for member in group] + hacked
-    columns = {name: [value] * len(completions)
+    members = [wrap(member.plan, member.answer, "think") for member in group]
+    columns = {name: [value] * (len(group) + len(tries))
                for name, value in (("style", "think"), ("word_range", honest.word_range), ("query", honest.query))}
-    scores = np.array([reward(completions=completions, **columns) for reward in rewards.values()], dtype=float).T
-    joined = np.array([[*scores[: len(group)], score] for score in scores[len(group) :]])  # (tries, members + 1, rewards)
-    advantages = np.array([fuse(members[None], weights, mode)[0] for members in joined])
+    texts = members + hacked
+    scores = np.array([scores_of(reward, completions=texts, **columns) for reward in rewards.values()], dtype=float).T
+    joined = np.array([[*scores[: len(group)], score] for score in scores[len(group) :]])
+    return Tries([name for name, _ in tries], hacked, [count_words(parse(text, "think").answer) for text in hacked], members,
+                 joined)
+
+
+def _compare(tries: Tries, names: list[str], weights, fusion: Fusion) -> Iterator[dict]:
+    advantages = np.array([fusion(rewards[None], weights, names, [*tries.group, text], "think")[0]
+                           for rewards, text in zip(tries.rewards, tries.texts, strict=True)])
     for attack in ATTACKS:
-        best = max((i for i, (name, _) in enumerate(tries) if name == attack), key=lambda i: advantages[i, -1])
-        row = {"attack": attack, "words": count_words(parse(hacked[best], "think").answer)}
-        for name, of_members in zip(rewards, joined[best].T, strict=True):
+        best = max((i for i, name in enumerate(tries.attacks) if name == attack), key=lambda i: advantages[i, -1])
+        row = {"attack": attack, "words": tries.words[best]}
+        for name, of_members in zip(names, tries.rewards[best].T, strict=True):
             row |= {f"honest_{name}": of_members[0], f"hacked_{name}": of_members[-1]}
         own, gain = advantages[best, 0], advantages[best, -1] - advantages[best, 0]
         yield row | {"honest_advantage": own, "hacked_advantage": advantages[best, -1], "difference": gain,

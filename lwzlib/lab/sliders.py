@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from lwzlib.base.awaited import scores_of
 from lwzlib.data.damage import fill, join
 from lwzlib.lab import hacks
-from lwzlib.method.advantage import fuse
+from lwzlib.method.advantage import PAPER, Fusion
 from lwzlib.method.prompts import wrap
 from lwzlib.method.text import count_words
 
@@ -43,9 +44,10 @@ def text_of(words: int, repetition: float) -> tuple[list[str], list[str]]:
 
 
 def reward_table(rewards: dict[str, Callable], word_range: tuple[int, int], words: list[int], repetitions: list[float],
-          query: str = "") -> pd.DataFrame:
+          query: str = "", fusion: Fusion = PAPER) -> pd.DataFrame:
     """One row per pair of `words` and `repetitions`: both as wanted, `answer_words` and `repeated` as they came out (the
-    latter in [0, 1]), each reward of `rewards` by its name, and `advantage`: all rows as one group, equal weights."""
+    latter in [0, 1]), each reward of `rewards` by its name, and `advantage` by `fusion`: all rows as one group, equal
+    weights."""
     wanted = list(itertools.product(words, repetitions))
     parts = [text_of(*pair) for pair in wanted]
     completions = [wrap(PLAN, join(fresh + again), "think") for fresh, again in parts]
@@ -54,8 +56,9 @@ def reward_table(rewards: dict[str, Callable], word_range: tuple[int, int], word
     table["answer_words"] = [sum(map(count_words, fresh + again)) for fresh, again in parts]
     table["repeated"] = [sum(map(count_words, again)) for _, again in parts] / table.answer_words
     for name, reward in rewards.items():
-        table[name] = reward(completions=completions, **columns)
-    table["advantage"] = fuse(table[list(rewards)].to_numpy()[None], np.ones(len(rewards)))[0]
+        table[name] = scores_of(reward, completions=completions, **columns)
+    scores = table[list(rewards)].to_numpy(dtype=float)[None]
+    table["advantage"] = fusion(scores, np.ones(len(rewards)), list(rewards), completions, "think")[0]
     return table
 
 

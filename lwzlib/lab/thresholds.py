@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from lwzlib.base.near_duplicates import grams_of
 from lwzlib.base.paths import TEXTS
 from lwzlib.base.rows import read_rows
 from lwzlib.data.damage import reword, wordings
@@ -101,7 +102,7 @@ def _semantic(encode: Callable, text: str, before: str, added: str) -> list[floa
 
 @functools.lru_cache(4)  # the texts come in order, each many times
 def _grams(text: str) -> list[frozenset]:
-    return [overlap.grams_of(passage) for passage, _ in count_passages(text)]
+    return [grams_of(overlap.by_script(passage)) for passage, _ in count_passages(text)]
 
 
 @functools.lru_cache(1)
@@ -112,7 +113,7 @@ def _vectors(encode: Callable, text: str) -> np.ndarray:
 def _runs_of(text: str) -> list[str]:
     """Runs of passages, as the semantic signal compares them."""
     passages = [passage for passage, _ in count_passages(text)]
-    runs = overlap.runs_of(passages, [max(1, count_words(passage)) for passage in passages])
+    runs = overlap.runs_of([max(1, count_words(passage)) for passage in passages])
     return [" ".join(passages[run.start : run.stop]) for run in runs]
 
 

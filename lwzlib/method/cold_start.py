@@ -37,6 +37,7 @@ def cold_start(recipe: Recipe, run: Run) -> Path:
             warmup_steps=2, per_device_train_batch_size=recipe.cold_start.batch_documents, max_length=None,
             **trainers.trainer_arguments(recipe, run, checkpoint_every_steps=None))
         rows = trainers.Rows(run, trainers.SFT_COLUMNS)
+        model, tokenizer = trainers.load_trainee(recipe, recipe.model.name)
         trainer = SFTTrainer(model, args=config, train_dataset=documents, processing_class=tokenizer, callbacks=[rows])
         trainers.save_trained(trainers.train_to_end(trainer), trainer, run)
     return run.folder / "model"
@@ -57,7 +58,8 @@ def _documents(recipe: Recipe, run: Run, model, tokenizer) -> list[dict]:
                 f"Length: about {round(count_words(answer), -1)} words.")
         for style in ("think", "direct"):
             prompt = prompts.render(requests[i], style, recipe.model.frame, recipe.prompt, tokenizer)
-            documents.append({"text": prompt + prompts.wrap(plan, answer, style) + tokenizer.eos_token})
+            completion = prompts.after_prompt(prompt, prompts.wrap(plan, answer, style))
+            documents.append({"text": prompt + completion + tokenizer.eos_token})
         if (i + 1) % 8 == 0:
             print(f"cold start: paragraph {i + 1}/{len(requests)}", flush=True)
     run.update(documents=len(documents), tokens=sum(len(tokenizer(d["text"]).input_ids) for d in documents))

@@ -3,32 +3,29 @@
 The paper penalises "semantic overlap between passages" and publishes neither metric nor threshold. The kit has two signals,
 kept apart and combined:
 
-Lexical: each sentence becomes a set of character n-grams (5 for Latin script, 2 for Han). MinHash signatures block the
-sentences into buckets; only those that share a bucket are compared, by exact Jaccard similarity. It finds copies and
-copies with a few words changed, in English and Chinese, and is blind to paraphrase. A duplicate is compared with the
-first of its kind and never enters a bucket itself, so a text that repeats one sentence ten thousand times costs no more
-than an honest one.
+Lexical: each sentence becomes a set of character n-grams (5 for Latin script, 2 for Han); those whose sets are alike are
+near-duplicates (`base.near_duplicates`). It finds copies and copies with a few words changed, in English and Chinese, and is
+blind to paraphrase.
 
 Semantic: runs of sentences of about 60 words are embedded, and compared by cosine with those before them (`Meaning`). It
 finds paraphrase, in the languages of its encoder only: with the embedded encoder Chinese has the lexical signal alone.
 Embedding is linear and takes nearly all the time; each run is compared with at most `_MOST_EARLIER` others.
+
+A text that mixes scripts keeps both signals: n-grams are those of each script by itself, and the encoder gets what is in its
+languages, so that a character of the other script here and there hides nothing.
 """
 
-import functools
-from collections import defaultdict
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from lwzlib.method.text import count_passages, fold, has_han, split_passages
+from lwzlib.base.near_duplicates import Parts, first_of_kind
+from lwzlib.method.text import count_passages, count_words, fold, has_han, only_han, split_passages, without_han
 
 _LATIN_CHARS, _HAN_CHARS = 5, 2  # of an n-gram
-_BANDS, _ROWS = 16, 3  # two passages with Jaccard 0.6 meet in some band with probability 0.98, with 0.05 in 0.2%
-_MOST_CANDIDATES = 16  # per bucket; keeps the worst case linear
-_MULTIPLIERS = np.random.default_rng(20250618).integers(1, 2**32, _BANDS * _ROWS, dtype=np.uint32) | np.uint32(1)
-_MIX = np.uint64(0x9E3779B97F4A7C15)
-_CHUNK_PASSAGES = 256  # hashed at a time: what is in work stays in the processor's cache
+_LATIN = re.compile("[a-z]")  # once folded
 _RUN_WORDS, _SHORTEST_RUN_WORDS = 60, 20
 _MOST_EARLIER = 4096  # about 250,000 words
 
@@ -36,7 +33,7 @@ _MOST_EARLIER = 4096  # about 250,000 words
 @dataclass(frozen=True)
 class Meaning:
     """The semantic signal: `encode` maps texts to unit vectors (n, d) float32; runs with a cosine of at least
-    `same_meaning` say the same. Runs with Han characters are left out unless `languages` has zh."""
+    `same_meaning` say the same. Han characters are left out unless `languages` has zh."""
 
     encode: Callable[[list[str]], np.ndarray]
     same_meaning: float
@@ -83,95 +80,21 @@ def find_overlaps(texts: list[str], near_duplicate: float, against: list[str], m
 
 def _lexical(own: list[str], near_duplicate: float, earlier: list[str]) -> dict[int, int]:
     """{index in `own` of a passage: index of the first of its kind, negative where it is in `earlier`}."""
-    passages, repeats = earlier + own, {}
-    grams, band_keys = _signatures(passages)
-    first_of_kind: dict[str, int] = {}  # {passage: index of what it repeats, or its own}; an exact copy is not compared again
-    buckets: dict[int, list[int]] = defaultdict(list)  # {band key: indices of passages that have it, each first of its kind}
-
-    def first_near(i: int, keys: list[int]) -> int:
-        compared = set()
-        for key in keys:
-            for j in buckets[key]:
-                if j not in compared:
-                    compared.add(j)
-                    shared = len(grams(i) & grams(j))
-                    if shared >= near_duplicate * (len(grams(i)) + len(grams(j)) - shared):
-                        return j
-        return i
-
-    for i, (passage, keys) in enumerate(zip(passages, band_keys, strict=True)):
-        if passage not in first_of_kind:
-            first_of_kind[passage] = first_near(i, keys)
-            for key in keys if first_of_kind[passage] == i else ():
-                if len(buckets[key]) < _MOST_CANDIDATES:
-                    buckets[key].append(i)
-        first = first_of_kind[passage]
-        if first != i and i >= len(earlier):
-            repeats[i - len(earlier)] = first - len(earlier)
-    return repeats
+    first = first_of_kind([by_script(passage) for passage in earlier + own], near_duplicate)
+    return {i - len(earlier): j - len(earlier) for i, j in enumerate(first) if i != j and i >= len(earlier)}
 
 
-def _signatures(passages: list[str]) -> tuple[Callable[[int], frozenset], list[list[int]]]:
-    """(n-gram hashes of a passage, as a function of its index: few are ever asked for; band keys of each passage).
-
-    Only keys that another passage has too: in an honest text nearly none. Buckets for the others would cost more than the
-    rest of the search.
-    """
-    hashes, keys_of_chunks = [], [np.zeros((0, _BANDS), dtype=np.uint64)]
-    for start in range(0, len(passages), _CHUNK_PASSAGES):
-        chunk, grams = _gram_hashes(passages[start : start + _CHUNK_PASSAGES])
-        ends = np.cumsum(grams)
-        hashes += [chunk[a:b] for a, b in zip(ends - grams, ends, strict=True)]
-        keys_of_chunks.append(_band_keys(chunk, ends - grams))
-    keys = np.concatenate(keys_of_chunks)
-    _, places, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    shared = (counts > 1)[places].reshape(keys.shape)
-    shared_keys = [row[mask].tolist() for row, mask in zip(keys, shared, strict=True)]
-    return functools.cache(lambda i: frozenset(hashes[i].tolist())), shared_keys
+def by_script(passage: str) -> Parts:
+    """The folded passage, with the number of characters of its n-grams; the two scripts of one that mixes them, apart."""
+    folded = fold(passage)
+    if not has_han(folded):
+        return ((folded, _LATIN_CHARS),)
+    if not _LATIN.search(folded):
+        return ((folded, _HAN_CHARS),)
+    return ((" ".join(without_han(folded).split()), _LATIN_CHARS), (only_han(folded), _HAN_CHARS))
 
 
-def _band_keys(hashes: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Keys (passages, bands) of passages whose n-gram hashes begin at `starts`: equal where a band's minima are equal."""
-    minima = np.empty((_BANDS * _ROWS, len(starts)), dtype=np.uint32)  # the MinHash signatures
-    short = (hashes >> np.uint64(32)).astype(np.uint32)
-    for k, multiplier in enumerate(_MULTIPLIERS):  # each makes another hash function of the n-grams
-        mixed = short * multiplier
-        mixed ^= mixed >> np.uint32(15)
-        minima[k] = np.minimum.reduceat(mixed, starts)
-    keys = np.zeros((len(starts), _BANDS), dtype=np.uint64)
-    for row in minima.reshape(_BANDS, _ROWS, -1).transpose(1, 2, 0):
-        keys = (keys + row) * _MIX
-        keys ^= keys >> np.uint64(32)
-    return keys * np.uint64(_BANDS) + np.arange(_BANDS, dtype=np.uint64)  # a key of one band is none of another
-
-
-def grams_of(passage: str) -> frozenset:
-    """Hashes of the n-grams of one passage, of which the lexical signal takes the Jaccard similarity."""
-    return frozenset(_gram_hashes([passage])[0].tolist())
-
-
-def _gram_hashes(passages: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """64-bit hashes of the character n-grams of all passages, one after the other, and how many each has (at least 1).
-
-    Passages are folded by `text.fold`. All are hashed at once; n-grams that reach into the next passage are then left out.
-    """
-    sizes = np.array([_HAN_CHARS if has_han(passage) else _LATIN_CHARS for passage in passages])
-    padded = [fold(passage).ljust(size, "\0") for passage, size in zip(passages, sizes, strict=True)]
-    chars = np.array([len(passage) for passage in padded])
-    text, total_chars = "".join(padded) + "\0" * _LATIN_CHARS, int(chars.sum())
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
-    by_size, rolling = {}, np.zeros(total_chars, dtype=np.uint64)
-    for k in range(_LATIN_CHARS):
-        rolling = (rolling + codes[k : total_chars + k]) * _MIX
-        rolling ^= rolling >> np.uint64(32)
-        by_size[k + 1] = rolling  # at each character, the hash of the n-gram of k + 1 characters from there
-    size_at = np.repeat(sizes, chars)
-    left_chars = np.repeat(np.cumsum(chars), chars) - np.arange(total_chars)  # up to the end of the passage
-    hashes = np.where(size_at == _HAN_CHARS, by_size[_HAN_CHARS], by_size[_LATIN_CHARS])
-    return hashes[left_chars >= size_at], chars - sizes + 1
-
-
-def runs_of(passages: list[str], words: list[int], languages: tuple[str, ...] = ("en", "zh")) -> list[range]:
+def runs_of(words: list[int]) -> list[range]:
     """Indices of consecutive passages that come to about 60 words per run; a rest under 20 words is left out."""
     runs, start, run_words = [], 0, 0
     for end, count in enumerate(words, 1):
@@ -179,22 +102,33 @@ def runs_of(passages: list[str], words: list[int], languages: tuple[str, ...] = 
         if run_words >= _RUN_WORDS or (end == len(words) and run_words >= _SHORTEST_RUN_WORDS):
             runs.append(range(start, end))
             start, run_words = end, 0
-    return [run for run in runs if "zh" in languages or not has_han("".join(passages[run.start : run.stop]))]
+    return runs
+
+
+def _readable(passages: list[str], words: list[int], languages: tuple[str, ...]) -> tuple[list[str], list[int]]:
+    """(what the encoder can read of each passage, its words)."""
+    if "zh" in languages or not any(map(has_han, passages)):
+        return passages, words
+    readable = list(map(without_han, passages))
+    return readable, [count if part == passage else count_words(part)
+                      for part, passage, count in zip(readable, passages, words, strict=True)]
 
 
 def _semantic(passages: list[list[str]], words: list[list[int]], meaning: Meaning) -> list[dict[int, int]]:
     """{index of a passage: first passage of the run whose meaning its own run repeats}, for each text."""
-    runs, run_texts = [], []
+    runs, run_texts, read_words = [], [], []
     for own, counts in zip(passages, words, strict=True):
-        own_runs = runs_of(own, counts, meaning.languages)
+        own, counts = _readable(own, counts, meaning.languages)
+        own_runs = runs_of(counts)
         runs.append(own_runs if len(own_runs) > 1 else [])  # one run has nothing to repeat
         run_texts += [" ".join(own[run.start : run.stop]) for run in runs[-1]]
+        read_words.append(counts)
     vectors = meaning.encode(run_texts) if run_texts else np.zeros((0, 1))
     repeats: list[dict[int, int]] = []
-    for own_runs in runs:
+    for own_runs, counts in zip(runs, read_words, strict=True):
         repeats.append({})
         for later, first in first_alike(vectors[: len(own_runs)], meaning.same_meaning).items():
-            repeats[-1] |= dict.fromkeys(own_runs[later], own_runs[first].start)
+            repeats[-1] |= {i: own_runs[first].start for i in own_runs[later] if counts[i]}
         vectors = vectors[len(own_runs) :]
     return repeats
 

@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from trl import SFTConfig, SFTTrainer
 
-from lwzlib.base import trainers
+from lwzlib.base import models, trainers
+from lwzlib.base.parallel import dealt
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError, read_rows
 from lwzlib.base.run_folder import Run
@@ -38,7 +39,7 @@ def pretrain(recipe: Recipe, run: Run, start: str, corpus: Path, packed: Path) -
             warmup_steps=settings.warmup_steps, per_device_train_batch_size=1, max_length=None, padding_free=True,
             gradient_accumulation_steps=settings.batch_sequences // processes, dataset_kwargs={"skip_prepare_dataset": True},
             **trainers.trainer_arguments(recipe, run, settings.checkpoint_every_steps))
-        model, tokenizer = trainers.load_policy(recipe, start)
+        model, tokenizer = trainers.load_trainee(recipe, start)
         trainer = SFTTrainer(model, args=config, train_dataset=sequences, processing_class=tokenizer,
                              callbacks=[trainers.Rows(run, trainers.SFT_COLUMNS)])
         if not last:
@@ -65,16 +66,19 @@ def _measure(recipe: Recipe, run: Run, when: str, model, tokenizer, corpus: Path
 def perplexity(model, tokenizer, texts: list[str], sequence_tokens: int, at_most_tokens: int) -> tuple[int, float | None]:
     """(tokens predicted, exp of their mean negative log-likelihood); None where there is no token to predict.
 
-    Each text is cut into sequences of its own, and gives at most the same number of tokens as the others.
+    Each text is cut into sequences of its own, and gives at most the same number of tokens as the others. The processes share
+    the sequences. `model` has TRL's fused head: logits of a sequence of 32,768 tokens would take 20 GB.
     """
-    loss, predicted_tokens = 0.0, 0
+    sequences: list[list[int]] = []
     for text in texts:
         text_tokens = max(2, at_most_tokens // len(texts))
         ids = tokenizer(text, truncation=True, max_length=text_tokens, add_special_tokens=False).input_ids
-        for start in range(0, len(ids) - 1, sequence_tokens):
-            sequence = torch.tensor([ids[start : start + sequence_tokens]], device=model.device)
-            if (targets := sequence.shape[1] - 1) > 0:
-                with torch.no_grad():
-                    loss += model(sequence, labels=sequence).loss.double().item() * targets
-                predicted_tokens += targets
+        sequences += [ids[start : start + sequence_tokens] for start in range(0, len(ids) - 1, sequence_tokens)]
+
+    def losses(own: list[list[int]]) -> list[float]:
+        rows = [torch.tensor([sequence], device=models.input_device(model)) for sequence in own]
+        with torch.no_grad():
+            return [-model(row, labels=row, fused_lm_head=True).log_probs.double().sum().item() for row in rows]
+
+    loss, predicted_tokens = sum(dealt(sequences, losses)), sum(len(sequence) - 1 for sequence in sequences)
     return predicted_tokens, math.exp(loss / predicted_tokens) if predicted_tokens else None

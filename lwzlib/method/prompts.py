@@ -2,12 +2,16 @@
 
 The paper frames the query as a conversation between a user and an assistant. The think prompt asks for a deep plan
 (brainstorm, outline, style, audience, ambiguity, several perspectives), reviewed and refined, in `<think>`, and the
-work in `<answer>`; the direct prompt asks for the work alone. The Chinese twin is used when the query has Han characters.
+work in `<answer>`; the direct prompt asks for the work alone. The Chinese twin is used when most of the query is Chinese.
+
+The chat templates of many reasoning models end with an opening `<think>`: the completion then begins inside the plan. Whoever
+reads its form puts that tag before it (`opening_of`); a prompt that wants no plan closes it.
 
 Departures, by recipe and off in `paper`: `prompt.wording: brief` (small models lose the thread of a long instruction and
 a CPU pays for every token of it) and `prompt.worked_examples` (a model that never emits the tags cannot learn them).
 """
 
+import re
 from typing import Literal
 
 from lwzlib.base.paths import TEXTS
@@ -39,6 +43,7 @@ _BRIEF = {
     ("direct", "zh"): "在 <answer> </answer> 中写作。",
 }
 WORDINGS = {"full": _FULL, "brief": _BRIEF}
+_OPENING = re.compile(r"<(?:think|answer)>\s*\Z")
 _SPEAKERS = {"en": ("User: ", "Assistant:"), "zh": ("用户：", "助手：")}
 _EXAMPLES = read_yaml(TEXTS / "worked_examples.yaml")
 WORKED_EXAMPLES = {language: list(map(tuple, examples)) for language, examples in _EXAMPLES.items()}  # (query, plan, answer)
@@ -80,11 +85,29 @@ def as_text(framed: Framed, tokenizer=None) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+def opening_of(prompt: str) -> str:
+    """Tag that the prompt opens for its completion, with the white space after it; "" if it opens none."""
+    opening = _OPENING.search(prompt)
+    return opening[0] if opening else ""
+
+
+def after_prompt(prompt: str, completion: str) -> str:
+    """What of a whole completion follows the prompt: without the tag that the prompt itself opens."""
+    tag = opening_of(prompt).rstrip()
+    return completion.removeprefix(tag).lstrip() if tag and completion.startswith(tag) else completion
+
+
 def render(query: str, style: Style, frame: str, prompt: Prompt, tokenizer=None) -> str:
     """Text that a model continues for a query in a style."""
-    return as_text(framed(query, style, frame, prompt), tokenizer)
+    text = as_text(framed(query, style, frame, prompt), tokenizer)
+    return text if style == "think" else _without_plan(text)
 
 
 def render_bare(query: str, frame: str, tokenizer=None) -> str:
-    """Text that a model continues for a query without any instruction."""
-    return as_text(framed(query, "bare", frame), tokenizer)
+    """Text that a model continues for a query without any instruction, and without a plan."""
+    return _without_plan(as_text(framed(query, "bare", frame), tokenizer))
+
+
+def _without_plan(text: str) -> str:
+    """The text with an empty plan in the place of an open one, as such templates write it where thinking is switched off."""
+    return f"{text.rstrip()}\n\n</think>\n\n" if opening_of(text).startswith("<think>") else text

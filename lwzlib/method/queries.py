@@ -9,23 +9,23 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import DataError, rows_of, validated
-from lwzlib.method.text import language_of
+from lwzlib.method.text import answer_language
 
 DOMAINS = {"D1": "Academic & Engineering", "D2": "Finance & Business", "D3": "Politics & Law",
-           "D4": "Literature & Art", "D5": "Education", "D6": "Advertising & Marketing"}
+           "D4": "Literature & Arts", "D5": "Education", "D6": "Advertising & Marketing"}
 
 
 class Query(BaseModel):
-    """One writing request. `word_range` is [lower, upper] in words, 0 < lower <= upper <= 12000."""
+    """One writing request. `word_range` is [lower, upper] in words, 0 < lower <= upper <= 12000; `language` that of the
+    answer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str = Field(min_length=1)
     query: str = Field(pattern=r"\S")
     word_range: tuple[int, int]
-    language: str = Field(pattern="^(en|zh)$", default_factory=lambda row: language_of(row["query"]))
+    language: str = Field(pattern="^(en|zh)$", default_factory=lambda row: answer_language(row["query"]))
     domain: str = Field(default="unknown", pattern="^(D[1-6]|unknown)$")
     type: str = "unknown"
 
@@ -53,22 +53,3 @@ def load_queries(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Q
     if not queries:
         raise DataError(f"{source} has no query in {', '.join(sorted(languages))}")
     return queries
-
-
-def queries_of_recipe(recipe: Recipe) -> list[Query]:
-    """The training queries of a recipe, then the held-out ones. Raises DataError where they do not fit its settings."""
-    data, step, max_words = recipe.data, recipe.grpo.queries_per_step, recipe.reward.length.max_words
-    train, heldout = load_queries(data.train, data.languages), load_queries(data.heldout, data.languages)
-    if len(train) < step and any(arm.algorithm == "grpo" for arm in recipe.arms.values()):
-        raise DataError(f"{data.train} has {len(train)} queries, and a step takes grpo.queries_per_step = {step}")
-    for source, queries in ((data.train, train), (data.heldout, heldout)):
-        for query in queries:
-            if recipe.reward.weights.length and query.word_range[1] >= max_words:
-                raise DataError(f"{source}, query {query.id!r}: word_range {list(query.word_range)} must end below "
-                                f"reward.length.max_words = {max_words}")
-    trained_on = {query.query: query.id for query in train}
-    for query in heldout:
-        if query.query in trained_on:
-            raise DataError(f"{data.heldout}, query {query.id!r} is also trained on (query {trained_on[query.query]!r} of "
-                            f"{data.train}): held-out queries must be others")
-    return [*train, *heldout]

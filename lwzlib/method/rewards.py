@@ -1,7 +1,7 @@
-"""The paper's three rewards, as picklable callables with TRL's signature; each is finite for every text.
+"""The paper's three rewards and an option, as picklable callables with TRL's signature; each is finite for every text.
 
-Length, in [0, 1] (published): 1 inside [lower, upper]; words / lower below; (max - words) / (max - upper) above. The value of
-`max` and a floor are not published: `reward.length.max_words` names the first, and the reward is floored at 0.
+Length, in [0, 1] (published): 1 inside [lower, upper]; words / lower below; (max - words) / (max - upper) above. Not published:
+`max` (here `reward.length.max_words`) and a floor (here 0).
 
 Writing, any real number (published): a Bradley-Terry model's score of query and answer (`writing_rm`, `train_writing_rm`).
 
@@ -9,31 +9,36 @@ Format, in [0, 1] (structure published, the rest not): exactly one `<think>` the
 if passages of the answer repeat each other (by letters or by meaning) or copy the plan (by letters). `partial_credit` (0 in
 `paper`) pays for each tag in its place, up to the first wrong one, so that a model that starts without the form can find it;
 when any place was paid for, policies put the answer inside the plan. A plan below `min_plan_words` does not count as one.
+
+Overlong, in [-1, 0], is not in the paper and off: DAPO's soft punishment (arXiv 2503.14476, equation 13), as TRL ships it.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from lwzlib.base.models import embed
 from lwzlib.base.recipe import Recipe
 from lwzlib.method.overlap import Meaning, Overlap, find_overlaps
-from lwzlib.method.text import Parsed, Style, count_words, parse
-from lwzlib.method.writing_rm import Scorer, read_info, remote_scores
+from lwzlib.method.prompts import opening_of
+from lwzlib.method.text import Parsed, Style, count_words, has_form, parse
+from lwzlib.method.writing_rm import Scorer, cut_to_fit, is_public, is_writing_rm, read_info, remote_scores
 
 
 class RewardError(ValueError):
     """A reward that cannot be built; the message says what is missing."""
 
 
-def completion_text(completion) -> str:
-    """Text of a completion of TRL: a string, or a list of messages when prompts are conversations."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def whole_completion(completion, prompt="") -> str:
+    """Text of a completion of TRL, from the tag on that its prompt opens. Either is a string, or a list of messages."""
+    prompt, completion = (part if isinstance(part, str) else part[-1]["content"] for part in (prompt, completion))
+    return opening_of(prompt) + completion
 
 
-def parse_all(completions, styles) -> list[Parsed]:
-    """Parts of each completion of TRL, in the style of its prompt."""
-    return [parse(completion_text(completion), style) for completion, style in zip(completions, styles, strict=True)]
+def parse_all(completions, styles, prompts=None) -> list[Parsed]:
+    """Parts of each completion of TRL, in the style of its prompt; without `prompts` the completions are whole already."""
+    wholes = map(whole_completion, completions, prompts or [""] * len(completions))
+    return [parse(whole, style) for whole, style in zip(wholes, styles, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,9 @@ class LengthReward:
             return words / lower
         return 1.0 if words <= upper else max(0.0, (self.max_words - words) / (self.max_words - upper))
 
-    def __call__(self, completions, word_range, style, **_) -> list[float]:
+    def __call__(self, completions, word_range, style, prompts=None, **_) -> list[float]:
         """TRL's call: one reward per completion, for the words of its answer. Raises RewardError as `score` does."""
-        answers = [parsed.answer for parsed in parse_all(completions, style)]
+        answers = [parsed.answer for parsed in parse_all(completions, style, prompts)]
         return [self.score(count_words(answer), bounds) for answer, bounds in zip(answers, word_range, strict=True)]
 
 
@@ -95,12 +100,11 @@ class FormatReward:
 
     def structure(self, parsed: Parsed, style: Style) -> float:
         """1 for the exact form with an answer, and a plan if one is asked for; else `partial_credit` per tag in its place."""
-        planned = style == "direct" or count_words(parsed.plan) >= self.min_plan_words
-        return 1.0 if parsed.exact and planned and parsed.answer else self.partial_credit * parsed.tags_in_place
+        return 1.0 if has_form(parsed, style, self.min_plan_words) else self.partial_credit * parsed.tags_in_place
 
-    def __call__(self, completions, style, **_) -> list[float]:
+    def __call__(self, completions, style, prompts=None, **_) -> list[float]:
         """TRL's call: one reward per completion, in [0, 1]."""
-        parsed = parse_all(completions, style)
+        parsed = parse_all(completions, style, prompts)
         scores = [self.structure(*parts) for parts in zip(parsed, style, strict=True)]
         # Repetition lowers partial credit too: else a loop would earn more by breaking the form.
         judged = [i for i, structure in enumerate(scores) if structure]
@@ -142,35 +146,78 @@ class WritingReward:
         values = iter(self.score(written))  # without any text too: where the model is sharded, the others wait for this process
         return [next(values) if answer else read_info(self.folder)["floor"] for _, answer in texts]
 
-    def __call__(self, completions, style, query, **_) -> list[float]:
-        """TRL's call: one score per answer. Raises RunError for too long a text, and with a `url` ScoringError."""
-        answers = [parsed.answer for parsed in parse_all(completions, style)]
-        return self.of_answers(list(zip(query, answers, strict=True)))
+    def __call__(self, completions, style, query, prompts=None, log_metric=None, **_) -> list[float]:
+        """TRL's call: one score per answer. With TRL's `log_metric` a text that is too long for the model is cut, and the share
+        of such texts logged; else it raises RunError. With a `url` it raises ScoringError."""
+        texts = [(asked, parsed.answer) for asked, parsed in zip(query, parse_all(completions, style, prompts), strict=True)]
+        if log_metric:
+            whole, texts = texts, cut_to_fit(self.folder, texts)
+            log_metric("cut_for_writing", sum(a != b for a, b in zip(whole, texts, strict=True)) / max(1, len(texts)))
+        return self.of_answers(texts)
+
+    def check(self, queries: list[str]) -> None:
+        """Raise RewardError for a query that leaves the model no room for an answer."""
+        for query, answer in cut_to_fit(self.folder, [(query, "Answer.") for query in queries]):
+            if not answer:
+                raise RewardError(f"the query {query[:60]!r} is longer than the Writing RM reads: writing_rm.max_tokens = "
+                                  f"{read_info(self.folder)['max_tokens']}")
 
 
 _scorer = functools.cache(Scorer)
 
 
-def build_rewards(recipe: Recipe, writing_rm: str = "") -> dict:
-    """{name: reward} for the components whose weight is above 0. `writing_rm` is the folder of the model that the stage
-    `writing-rm` trained. Raises RewardError where a reward cannot be built."""
+@dataclass(frozen=True)
+class OverlongReward:
+    """Punishment of a completion that takes some of the last `cache_tokens` of its `max_tokens`: 0 to -1, evenly.
+
+    Tokens are those of the policy, plan and tags included; where a caller has only texts, the reward is unknown (None).
+
+    >>> OverlongReward(100, 20)([""] * 3, completion_ids=[range(80), range(90), range(100)])
+    [0.0, -0.5, -1.0]
+    """
+
+    max_tokens: int
+    cache_tokens: int
+    __name__ = "overlong"
+
+    def __call__(self, completions, completion_ids=None, **_) -> list[float | None]:
+        """TRL's call: one reward per completion, None for each without `completion_ids`."""
+        from trl.rewards import get_soft_overlong_punishment
+
+        if completion_ids is None:
+            return [None] * len(completions)
+        return get_soft_overlong_punishment(self.max_tokens, self.cache_tokens)(completion_ids)
+
+
+def build_rewards(recipe: Recipe, writing_rm: str | Callable = "") -> dict:
+    """{name: reward} for the components whose weight is above 0. `writing_rm`: the folder of the Writing RM, unless the recipe
+    names one that the kit trained, or a reward that stands in its place. Raises RewardError where one cannot be built."""
     reward = recipe.reward
-    folder = reward.writing.model if reward.writing.model != "stage" else writing_rm
-    if reward.weights.writing > 0 and not (Path(folder) / "writing_rm.json").is_file():
+    folder = "" if callable(writing_rm) else reward.writing.model if is_writing_rm(reward.writing.model) else writing_rm
+    unusable = reward.weights.writing > 0 and not (callable(writing_rm) or is_writing_rm(folder))
+    if unusable and is_public(recipe):
+        raise RewardError(f"{reward.writing.model} was not measured yet, and an empty answer gets its lowest score: run "
+                          "`lwz stage judge` first, and name its folder where a Writing RM is wanted")
+    if unusable:
         raise RewardError(f"reward.weights.writing is above 0, and there is no Writing RM in {folder or 'this run'}: run "
                           "`lwz stage writing-rm` first, name one in reward.writing.model, or set reward.weights.writing=0")
+    longest, cache = recipe.grpo.sampling.max_new_tokens, reward.overlong.cache_tokens
+    if reward.weights.overlong > 0 and cache > longest:
+        raise RewardError(f"reward.overlong.cache_tokens = {cache} must be at most grpo.sampling.max_new_tokens = {longest}: "
+                          "with more, every completion is punished")
     rewards = {
         "length": LengthReward(reward.length.max_words),
-        "writing": WritingReward(folder, recipe.model.dtype, recipe.model.attention, reward.writing.url,
-                                 reward.writing.patience_s),
+        "writing": writing_rm if callable(writing_rm) else WritingReward(
+            folder, recipe.model.dtype, recipe.model.attention, reward.writing.url, reward.writing.patience_s),
         "format": FormatReward(**reward.format.model_dump() | {"encoder_languages": tuple(reward.format.encoder_languages)}),
+        "overlong": OverlongReward(longest, cache),
     }
     return {name: rewards[name] for name in reward_names(recipe)}
 
 
 def reward_names(recipe: Recipe) -> list[str]:
     """Names of the rewards whose weight is above 0, in `build_rewards`' order too. Raises RewardError if there is none."""
-    names = [name for name in ("length", "writing", "format") if getattr(recipe.reward.weights, name) > 0]
+    names = [name for name in ("length", "writing", "format", "overlong") if getattr(recipe.reward.weights, name) > 0]
     if not names:
         raise RewardError("reward.weights are all 0; give at least one a weight above 0")
     return names

@@ -1,13 +1,16 @@
 """Samples of a policy with their rewards: what an arm writes for held-out queries, before, during and after RL.
 
 The paper rates its arms by Arena-Write over the RL steps (Fig 3). The kit lets every kept policy write for its own held-out
-queries. `scored` also writes what `distil` chooses from. Where the recipe has vLLM servers, the servers write the completions.
+queries. `scored` also writes what `distil` chooses from. Where the recipe has vLLM, its servers write the completions.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
+from lwzlib.base.awaited import scores_of
 from lwzlib.base.policy import Policy
 from lwzlib.base.quantities import Decoding, Sampling
 from lwzlib.base.recipe import Recipe
@@ -19,39 +22,44 @@ from lwzlib.method.rewards import build_rewards
 from lwzlib.method.sampling import completions
 from lwzlib.method.text import Style, count_words, parse
 
-Writer = Callable[..., list[tuple[int, str, bool]]]  # (index of the query, completion, truncated) of all queries
-
 
 def scored(recipe: Recipe, run: Run, name: str, policy: Policy, writing_rm: str, queries: list[Query], style: Style,
-           sampling: Sampling, batch: int, stop: list[str], write: Writer | None = None) -> list[dict]:
-    """One completion per query with its rewards, as rows `name` of the run; resumable batch by batch. `write` writes them
-    where it is not this process that does (`pipeline.served`)."""
+           sampling: Sampling, batch: int, stop: list[str], served: ModuleType | None = None) -> list[dict]:
+    """One completion per query with its rewards, as rows `name` of the run; resumable batch by batch. `pipeline.served`
+    writes and scores them where it is not this process that does."""
     whole = len(run.rows(name)) // batch * batch
     run.rewind(whole, name)
     decoding = Decoding(**sampling.model_dump(), stop=stop)
-    outputs: Iterator[tuple]  # (index of the query, completion, truncated, ...)
-    if write:  # all of them before the rewards are built: both want all GPUs
-        outputs = iter(write(recipe, run, name, policy, queries, style, decoding, batch)[whole:])
+    if served:  # all of them before the rewards are built: both want all GPUs
+        outputs: Iterator[tuple] = iter(served.write(recipe, run, name, policy, queries, style, decoding, batch)[whole:])
     else:
         model, tokenizer = policy.load(recipe)
         framed = framed_queries(recipe, queries, style, tokenizer)
         outputs = completions(model, tokenizer, framed, decoding, batch, run.seed, stop, first=whole)
-    rewards = build_rewards(recipe, writing_rm)
-    while written := list(itertools.islice(outputs, batch)):
-        rows: list[dict] = []
-        for i, text, truncated, *_ in written:
-            query, parsed = queries[i], parse(text, style)
-            rows.append({"step": i + 1, "id": query.id, "type": query.type, "query": query.query,
-                         "word_range": list(query.word_range), "completion": text, "truncated": truncated,
-                         "think_words": count_words(parsed.plan), "answer_words": count_words(parsed.answer)})
-        columns = {"completions": [row["completion"] for row in rows], "query": [row["query"] for row in rows],
-                   "word_range": [row["word_range"] for row in rows], "style": [style] * len(rows)}
-        for reward_name, reward in rewards.items():
-            for row, score in zip(rows, reward(**columns), strict=True):
-                row[reward_name] = score
-        run.append(name, *rows)
-        print(f"{run.folder.parent.name}/{run.folder.name}  {rows[-1]['step']}/{len(queries)} completions", flush=True)
+    with served.judged(recipe, run, writing_rm) if served else nullcontext(recipe) as judged:
+        rewards = build_rewards(judged, writing_rm)
+        while written := list(itertools.islice(outputs, batch)):
+            _score(run, name, queries, style, rewards, written)
     return run.rows(name)
+
+
+def _score(run: Run, name: str, queries: list[Query], style: Style, rewards: dict, written: list[tuple]) -> None:
+    """Append the rows of a batch of completions, with their rewards."""
+    rows: list[dict] = []
+    for i, text, truncated, _ in written:
+        query, parsed = queries[i], parse(text, style)
+        rows.append({"step": i + 1, "id": query.id, "type": query.type, "query": query.query,
+                     "word_range": list(query.word_range), "completion": text, "truncated": truncated,
+                     "think_words": count_words(parsed.plan), "answer_words": count_words(parsed.answer)})
+    columns = {"completions": [row["completion"] for row in rows], "query": [row["query"] for row in rows],
+               "word_range": [row["word_range"] for row in rows], "style": [style] * len(rows),
+               "completion_ids": [range(tokens) for *_, tokens in written],  # what is scored is their number
+               "log_metric": lambda name, share: share and print(f"{name}: {share:.0%} of a batch of completions")}
+    for reward_name, reward in rewards.items():
+        for row, score in zip(rows, scores_of(reward, **columns), strict=True):
+            row[reward_name] = score
+    run.append(name, *rows)
+    print(f"{run.folder.parent.name}/{run.folder.name}  {rows[-1]['step']}/{len(queries)} completions", flush=True)
 
 
 def framed_queries(recipe: Recipe, queries: list[Query], style: Style, tokenizer) -> list[str]:
@@ -60,13 +68,13 @@ def framed_queries(recipe: Recipe, queries: list[Query], style: Style, tokenizer
 
 
 def write_samples(recipe: Recipe, run: Run, arm: str, model_name: str, writing_rm: str = "",
-                  write: Writer | None = None) -> Path:
+                  served: ModuleType | None = None) -> Path:
     """Let a model answer the held-out queries and score the answers: `samples.jsonl`. Returns the run's folder."""
-    return _write(recipe, run, arm, {"samples": Policy(model_name)}, writing_rm, write)
+    return _write(recipe, run, arm, {"samples": Policy(model_name)}, writing_rm, served)
 
 
 def write_samples_during(recipe: Recipe, run: Run, arm: str, start: str, grpo: Path, writing_rm: str = "",
-                         write: Writer | None = None) -> Path:
+                         served: ModuleType | None = None) -> Path:
     """Let each snapshot of the policy answer them: `samples_<step>.jsonl`. Raises RunError if RL did not keep a snapshot."""
     wanted = range(recipe.evaluation.every_steps, recipe.grpo.steps, recipe.evaluation.every_steps)
     snapshots = {step: grpo / "snapshots" / str(step) for step in wanted}
@@ -75,15 +83,15 @@ def write_samples_during(recipe: Recipe, run: Run, arm: str, start: str, grpo: P
         raise RunError(f"{grpo} kept no policy of step {', '.join(missing)}: it was trained with another "
                        "evaluation.every_steps. Set that, or remove the folder and train again")
     policies = {f"samples_{step}": Policy(str(folder), start) for step, folder in snapshots.items()}
-    return _write(recipe, run, arm, policies, writing_rm, write)
+    return _write(recipe, run, arm, policies, writing_rm, served)
 
 
-def _write(recipe: Recipe, run: Run, arm: str, policies: dict[str, Policy], writing_rm: str, write: Writer | None) -> Path:
+def _write(recipe: Recipe, run: Run, arm: str, policies: dict[str, Policy], writing_rm: str, served: ModuleType | None) -> Path:
     if not run.finished:
         with run.work():
             queries = load_queries(recipe.data.heldout, recipe.data.languages)[: recipe.samples.queries]
             for name, policy in policies.items():
                 if len(run.rows(name)) < len(queries):
                     scored(recipe, run, name, policy, writing_rm, queries, recipe.arm(arm).prompt, recipe.samples.sampling,
-                           recipe.samples.batch_completions, recipe.samples.stop, write)
+                           recipe.samples.batch_completions, recipe.samples.stop, served)
     return run.folder

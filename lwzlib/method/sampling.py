@@ -6,15 +6,17 @@ The paper samples at temperature 0.8 and top-p 1.0 in training, at 0.6 and 0.95 
 from collections.abc import Iterator
 
 from lwzlib.base.quantities import Sampling
+from lwzlib.method.prompts import opening_of
 
 
 def completions(model, tokenizer, texts: list[str], sampling: Sampling, batch: int, seed: int,
-                stop: list[str] | None = None, first: int = 0) -> Iterator[tuple[int, str, bool, int]]:
+                stop: list[str] | None = None, first: int = 0, streamer=None) -> Iterator[tuple[int, str, bool, int]]:
     """Yield (index of the prompt, completion, truncated, its tokens) in order, `batch` prompts at a time.
 
-    Special tokens are dropped; `truncated` is true where neither the end of the text nor a stop string came within
-    `max_new_tokens`; the end counts as a token. A batch depends on `seed` and its own place only, so that `first` (an
-    index) can resume. A temperature of 0 is greedy.
+    A completion begins with the tag that its prompt opens. Special tokens are dropped; `truncated` is true where neither the
+    end of the text nor a stop string came within `max_new_tokens`; the end counts as a token. A batch depends on `seed` and
+    its own place only, so that `first` (an index) can resume. A temperature of 0 is greedy. A `streamer` of transformers gets
+    the tokens of a batch of one as they come.
     """
     import torch
 
@@ -31,12 +33,13 @@ def completions(model, tokenizer, texts: list[str], sampling: Sampling, batch: i
                               add_special_tokens=False).to(model.device)
             with torch.no_grad():
                 output = model.generate(**chunk, **how, max_new_tokens=sampling.max_new_tokens, stop_strings=stop or None,
-                                        tokenizer=tokenizer)
+                                        tokenizer=tokenizer, streamer=streamer)
         for i, ids in enumerate(output[:, chunk["input_ids"].shape[1] :]):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             stopped = any(s in text for s in stop or [])
             ends = torch.isin(ids, end_ids).nonzero()  # after a stop string: the padding
-            yield start + i, text, not (stopped or len(ends)), int(ends[0]) + (not stopped) if len(ends) else len(ids)
+            tokens = int(ends[0]) + (not stopped) if len(ends) else len(ids)
+            yield start + i, opening_of(texts[start + i]) + text, not (stopped or len(ends)), tokens
 
 
 def _end_ids(model, tokenizer) -> set[int]:

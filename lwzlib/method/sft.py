@@ -32,11 +32,11 @@ def train_sft(recipe: Recipe, run: Run, arm: str, start: str, rows: Callable[[],
         config = SFTConfig(
             num_train_epochs=settings.epochs, learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
             per_device_train_batch_size=settings.batch_sequences, max_length=settings.max_tokens, packing=True,
-            packing_strategy="bfd", **trainers.trainer_arguments(recipe, run, settings.checkpoint_every_steps))
+            packing_strategy="bfd", **trainers.trainer_arguments(recipe, run, settings.checkpoint_every_steps, settings.lora))
         with config.main_process_first(local=False):
             if not run.rows("data"):
                 run.write("data", rows())
-        model, tokenizer = trainers.load_policy(recipe, start)
+        model, tokenizer = trainers.load_trainee(recipe, start, settings.lora)
         documents = [_document(recipe, recipe.arm(arm).prompt, row, f"{settings.data}, row {i}", tokenizer)
                      for i, row in enumerate(run.rows("data"), 1)]
         token_ids = tokenizer([row["prompt"] + row["completion"] + tokenizer.eos_token for row in documents]).input_ids
@@ -58,5 +58,5 @@ def _document(recipe: Recipe, style: Style, row, place: str, tokenizer) -> dict:
         raise DataError(f"{place}: needs messages, two turns of role and content; got {str(row)[:100]}") from None
     if (asker, writer) != ("user", "assistant") or not query.strip() or not answer.strip():
         raise DataError(f"{place}: the turns must be of user and assistant, and not empty; got {asker}, {writer}")
-    return {"prompt": prompts.render(query, style, recipe.model.frame, recipe.prompt, tokenizer),
-            "completion": prompts.wrap("", answer, style)}
+    prompt = prompts.render(query, style, recipe.model.frame, recipe.prompt, tokenizer)
+    return {"prompt": prompt, "completion": prompts.after_prompt(prompt, prompts.wrap("", answer, style))}

@@ -1,9 +1,9 @@
 """Words, passages, and the `<think>`/`<answer>` form of a text.
 
-The paper counts length on the text of `<answer>` only, in words = Han characters + runs of Latin letters (LongWriter's
-count; digits count as nothing). Departures: accented Latin letters belong to their run, and Han covers the CJK extensions. An
-invisible character, or a letter of any other script, does not end a run: else a policy that puts a zero-width space or a
-Cyrillic letter into every word would double its count.
+The paper counts length on the text of `<answer>` only, in words = Han characters + runs of Latin letters (digits count as
+nothing). LongWriter's own count (`evaluate.longbench`) leaves out a Latin word that touches a digit, Han or an accented letter.
+Departures, for a reward must be hard to cheat: such a word counts; Han covers the CJK extensions; an invisible character or a
+letter of another script does not end a run: else one in every word would double a policy's count.
 """
 
 import functools
@@ -23,12 +23,20 @@ _HAN_CHARACTER = re.compile(f"[{_HAN}]")
 # A word starts with a Latin letter and goes on through letters of any script, marks and invisible characters.
 _WORD = regex.compile(rf"[{_HAN}]|\p{{Latin}}[[\p{{L}}\p{{M}}\p{{Cf}}\p{{Cc}}\p{{Co}}]--[{_HAN}\s]]*", regex.V1)
 _ASCII_WORD = re.compile(r"[A-Za-z][A-Za-z\x00-\x08\x0e-\x1f\x7f]*")  # fast path for ASCII; must agree with `_WORD`
+_MARKS = regex.compile(r"[\p{M}\uff9e\uff9f]{30}")  # the two are letters, and decompose to marks
 _HIDDEN = regex.compile(r"[\p{M}\p{Cf}\p{Default_Ignorable_Code_Point}[\p{Cc}--\s]]+", regex.V1)
 _LATIN_ALIKE = str.maketrans("АВЕЅІЈКМНОРСТУХаеѕіјорсухһԁԛԝΑΒΕΖΗΙΚΜΝΟΡΤΥΧαικνορυχ",
                              "ABESIJKMHOPCTYXaesijopcyxhdqwABEZHIKMNOPTYXaikvopux")
 _LOOK_ALIKE = re.compile(f"[{''.join(map(chr, _LATIN_ALIKE))}]")
 _SENTENCE = re.compile(r"[^.!?。！？；;\n]+[.!?。！？；;\n]*[\"'”’」』）)]*")
 _LONGEST_PASSAGE_WORDS = 40
+_ASKED_IN = [  # how a request names the language of its answer: 用英文写, 写成英文, 英文作文, write it in English
+    r"用{0}\w{{0,4}}?(?:写|撰|答|回|作|完成|起草|描述|介绍|说明|创作|输出)", r"(?:写|译|改|换)[成为]{0}",
+    r"(?<![于绍论谈])(?<!有关){0}(?:版|作文|文章|邮件|信|演讲|论文|报告|故事)(?!\w*技巧)",
+    r"\b(?:writ(?:e|ing|ten)|answer|reply|respond|translat\w{{1,6}}|draft)\b[^.!?\n]{{0,80}}\bin(?:to)? {1}"
+    r"(?=\W*$|[.,;:!?)]| (?:and|please|with|about|on|for|of)\b)"]
+_NAMES = {"en": ("英[文语]", "english"), "zh": ("[中汉][文语]", "chinese")}
+_NAMED = {language: re.compile("|".join(_ASKED_IN).format(*names), re.IGNORECASE) for language, names in _NAMES.items()}
 
 
 def count_words(text: str) -> int:
@@ -54,9 +62,40 @@ def has_han(text: str) -> bool:
     return bool(_HAN_CHARACTER.search(text))
 
 
+def without_han(text: str) -> str:
+    """The text without its Han characters."""
+    return _HAN_CHARACTER.sub("", text)
+
+
+def only_han(text: str) -> str:
+    """The Han characters of the text."""
+    return "".join(_HAN_CHARACTER.findall(text))
+
+
 def language_of(text: str) -> str:
-    """Language of the text: zh if it has a Han character, else en."""
-    return "zh" if has_han(text) else "en"
+    """Language of most of the text: zh if at least half of its words are Han characters, else en.
+
+    >>> language_of("Explain the Dao (道) in 300 words."), language_of("写一篇关于 GPU 的短文")
+    ('en', 'zh')
+    """
+    han = 0 if text.isascii() else len(only_han(text))
+    return "zh" if han and 2 * han >= count_words(text) else "en"
+
+
+def answer_language(request: str) -> str:
+    """Language in which a request wants its answer: the one that it names, else its own.
+
+    >>> answer_language("帮我用英文写一封求职信"), answer_language("帮我写一封求职信")
+    ('en', 'zh')
+    """
+    named = [language for language, pattern in _NAMED.items() if pattern.search(request)]
+    return named[0] if len(named) == 1 else language_of(request)
+
+
+def normalise(form: Literal["NFC", "NFKD"], text: str) -> str:
+    """Unicode normalisation in linear time: a run of marks, whose sorting is quadratic, is broken after 30 by a grapheme
+    joiner (Unicode's stream-safe text process, UAX 15)."""
+    return unicodedata.normalize(form, _MARKS.sub("\\g<0>\u034f", text))
 
 
 def fold(text: str) -> str:
@@ -67,7 +106,7 @@ def fold(text: str) -> str:
     'spring came'
     """
     if not (text.isascii() and text.isprintable()):
-        text = _HIDDEN.sub("", unicodedata.normalize("NFKD", text))
+        text = _HIDDEN.sub("", normalise("NFKD", text))
         text = text.translate(_LATIN_ALIKE) if _LOOK_ALIKE.search(text) else text  # to search is quick, to translate slow
     return " ".join(text.lower().split())
 
@@ -105,6 +144,12 @@ def parse(completion: str, style: Style) -> Parsed:
     in_place = [tag == wanted and tags.count(tag) == 1 for tag, wanted in zip(tags, form, strict=False)]
     return Parsed(exact=tuple(tags) == form and not any(outside), plan=after("<think>"), answer=after("<answer>"),
                   tags_in_place=[*in_place, False].index(False))
+
+
+def has_form(parsed: Parsed, style: Style, min_plan_words: int) -> bool:
+    """Whether a completion has the exact form with an answer, and with `min_plan_words` words of plan if one is asked for."""
+    planned = style == "direct" or count_words(parsed.plan) >= min_plan_words
+    return parsed.exact and planned and bool(parsed.answer)
 
 
 def shown(completion: str) -> str:

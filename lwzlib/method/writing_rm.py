@@ -3,13 +3,15 @@
 The texts are tokenised here in both cases, so that the scores differ by rounding alone.
 """
 
+import bisect
 import functools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from lwzlib.base.models import load_model, load_tokenizer
-from lwzlib.base.rows import RunError
+from lwzlib.base.recipe import Recipe
+from lwzlib.base.rows import RunError, read_json
+from lwzlib.base.scoring import score_ids, scores_together
 from lwzlib.method import prompts
 
 _tokenizer = functools.cache(load_tokenizer)
@@ -17,9 +19,25 @@ _tokenizer = functools.cache(load_tokenizer)
 
 @functools.cache
 def read_info(folder: str) -> dict:
-    """`writing_rm.json` of the folder: identity (the fingerprint of its training), frame, fold_layout, max_tokens, and floor
-    (the lowest score it gave on held-out pairs)."""
-    return json.loads((Path(folder) / "writing_rm.json").read_text())
+    """`writing_rm.json` of the folder: identity (the fingerprint of its training), frame, fold_layout, max_tokens, floor (the
+    lowest score it gave on held-out pairs), and model, where the weights stand elsewhere."""
+    return read_json(Path(folder) / "writing_rm.json")
+
+
+def weights_of(folder: str) -> str:
+    """Name or folder of the weights and the tokenizer of the model that the folder describes."""
+    return read_info(folder).get("model", folder)
+
+
+def is_writing_rm(folder: str) -> bool:
+    """Whether the folder holds a model that `Scorer` can score by."""
+    return (Path(folder) / "writing_rm.json").is_file()
+
+
+def is_public(recipe: Recipe) -> bool:
+    """Whether the recipe's judge is a reward model that the kit did not train."""
+    writing = recipe.reward.writing
+    return writing.judge == "reward-model" and writing.model != "stage" and not is_writing_rm(writing.model)
 
 
 class Scorer:
@@ -33,7 +51,7 @@ class Scorer:
         self.info = dict(read_info(str(folder)))
         self.sharded = is_deepspeed_zero3_enabled()
         with torch.random.fork_rng():  # in the midst of training: a resumed run must draw as if it had not been
-            self.model, self.tokenizer = load_model(str(folder), dtype, attention, scorer=True, spread=True)
+            self.model, self.tokenizer = load_model(weights_of(str(folder)), dtype, attention, scorer=True, spread=True)
             if self.sharded:
                 from accelerate import Accelerator
                 from trl.models.utils import prepare_deepspeed
@@ -42,10 +60,13 @@ class Scorer:
 
     def __call__(self, texts: list[tuple[str, str]], batch_tokens: int = 8192) -> list[float]:
         """A score for each (prompt, text), any real number. Raises RunError for one over `max_tokens` tokens."""
+        from accelerate.utils import gather_object
+
         ids = bounded_ids(self.tokenizer, self.info, texts)
         if self.sharded:
-            return scores_together(self.model, self.tokenizer.pad_token_id, ids)
-        return score_ids(self.model, self.tokenizer.pad_token_id, ids, batch_tokens)
+            together = scores_together(self.model, gather_object(ids))
+            return [together[tuple(text)] for text in ids]
+        return score_ids(self.model, ids, batch_tokens)
 
 
 def bounded_ids(tokenizer, info: dict, texts: Iterable[tuple[str, str]]) -> list[list[int]]:
@@ -58,44 +79,26 @@ def bounded_ids(tokenizer, info: dict, texts: Iterable[tuple[str, str]]) -> list
     return ids
 
 
+def cut_to_fit(folder: str, texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The (prompt, text) pairs, where a text that is too long for the model in `folder` is cut at its end."""
+    info, tokenizer = read_info(folder), _tokenizer(weights_of(folder))
+
+    def too_long(prompt: str, text: str) -> bool:
+        return len(token_ids(tokenizer, info["frame"], info["fold_layout"], [(prompt, text)])[0]) > info["max_tokens"]
+
+    return [(prompt, text[: bisect.bisect_left(range(len(text)), True, key=lambda last: too_long(prompt, text[: last + 1]))])
+            if too_long(prompt, text) else (prompt, text) for prompt, text in texts]
+
+
 def token_ids(tokenizer, frame: str, fold_layout: bool, texts: Iterable[tuple[str, str]]) -> list[list[int]]:
-    """Each (prompt, text) in the model's frame, without any instruction and without an end token; at least one token."""
-    framed = [prompts.render_bare(prompt, frame, tokenizer) + (" ".join(text.split()) if fold_layout else text)
-              for prompt, text in texts]
+    """Each (prompt, text) in the model's frame, without any instruction and without an end token; at least one token. The
+    frame `messages` is that of public reward models: the tokenizer's chat template with its ends."""
+    folded = [(prompt, " ".join(text.split()) if fold_layout else text) for prompt, text in texts]
+    framed = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}, {"role": "assistant", "content": text}],
+                                            tokenize=False) if frame == "messages"
+              else prompts.render_bare(prompt, frame, tokenizer) + text for prompt, text in folded]
     whole = [text.encode("utf-8", "replace").decode() for text in framed]  # a lone surrogate breaks tokenizers
     return [ids or [tokenizer.pad_token_id] for ids in tokenizer(whole, add_special_tokens=False).input_ids] if whole else []
-
-
-def score_ids(model, pad_token_id: int, ids: list[list[int]], batch_tokens: int) -> list[float]:
-    """Scores in batches of texts of like length, at most `batch_tokens` tokens with padding (one text may be longer). Equal
-    texts are scored once: in bfloat16 the company of a batch moves the last digits of a score."""
-    import torch
-
-    different, scores = sorted(set(map(tuple, ids)), key=lambda text: (len(text), text)), {}
-    while different:
-        longest = len(different[-1])
-        batch = [different.pop() for _ in range(min(len(different), max(1, batch_tokens // longest)))]
-        padded = torch.tensor([text + (pad_token_id,) * (longest - len(text)) for text in batch], device=model.device)
-        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in batch], device=model.device)
-        with torch.no_grad():
-            values = model(input_ids=padded, attention_mask=mask).logits[:, 0].float().tolist()
-        scores |= dict(zip(batch, values, strict=True))
-    return [scores[tuple(text)] for text in ids]
-
-
-def scores_together(model, pad_token_id: int, ids: list[list[int]]) -> list[float]:
-    """`score_ids` where a forward pass is one of all processes at once: the texts of all are dealt out, so that each makes as
-    many passes as the others, of one text, and those of like length together. Every process must call it."""
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    state = PartialState()
-    different = sorted(set(map(tuple, gather_object(ids))), key=lambda text: (len(text), text))
-    passes = -(-len(different) // state.num_processes)
-    dealt = different + different[-1:] * (passes * state.num_processes - len(different))
-    rows = gather_object([score_ids(model, pad_token_id, dealt[state.process_index :: state.num_processes], 0)])
-    scores = {text: rows[i % state.num_processes][i // state.num_processes] for i, text in enumerate(dealt)}
-    return [scores[tuple(text)] for text in ids]
 
 
 def remote_scores(folder: str, url: str, texts: list[tuple[str, str]], patience_s: float) -> list[float]:
@@ -104,7 +107,7 @@ def remote_scores(folder: str, url: str, texts: list[tuple[str, str]], patience_
     from lwzlib.base import rm_client
 
     info = read_info(folder)
-    ids = [tuple(text) for text in bounded_ids(_tokenizer(folder), info, texts)]
+    ids = [tuple(text) for text in bounded_ids(_tokenizer(weights_of(folder)), info, texts)]
     different = list(dict.fromkeys(ids))
     scores = dict(zip(different, rm_client.ask(url, info["identity"], different, patience_s), strict=True))
     return [scores[text] for text in ids]

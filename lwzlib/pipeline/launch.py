@@ -1,6 +1,6 @@
 """Stages, started by name: in this process, in one of their own, or in many; started processes end with this one.
 
-An interrupt ends what was started. Inside a Slurm job it means that the time is nearly over: a stage first saves a checkpoint.
+An interrupt ends what was started. In a Slurm job it means that time is nearly over: a process that trains saves first.
 """
 
 import codecs
@@ -26,18 +26,24 @@ from lwzlib.pipeline import ranks, vllm_servers
 from lwzlib.pipeline.stages import STAGES, Work, arm_stages, needs, run_stage, stage_run
 
 _QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-# glibc gives large blocks back to the system at once; every decoding step then asks for them anew.
-# Its OpenMP threads spin while they wait: a short while is enough, and leaves the cores to others.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26),
-          "GOMP_SPINCOUNT": "10000"}
+# glibc gives large blocks back to the system at once; every decoding step on a CPU then asks for them anew.
+_KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
+_GPU_DRIVER = Path("/dev/nvidiactl")  # torch, which knows too, takes seconds to load
 _POLL_S = 0.05
+
+
+def of_processes() -> dict[str, str]:
+    """Environment of processes that hold a model. OpenMP threads spin while they wait: a short while is enough, and leaves the
+    cores to others. Without a GPU they keep the memory that they free; beside one, others need it: offloaded weights, say."""
+    return {"GOMP_SPINCOUNT": "10000"} | ({} if _GPU_DRIVER.exists() else _KEEPS_MEMORY)
 
 
 def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Run:
     """Start a stage as the recipe says, show its lines, and return its Run when it is finished.
 
     `launch` of the recipe: inline (in this process), subprocess, torchrun (`distributed.processes` on this machine) or slurm
-    (on each node of the allocation); the last two spread the stages that train and start what they need first.
+    (on each node of the allocation); the last two spread the stages that train and start what they need first, and so does a
+    subprocess where vLLM is colocated.
     Raises RunError with the last lines of a process that failed, Interrupted where one was asked to stop. An interrupt ends
     the processes, inside a Slurm job after a checkpoint; the next call resumes.
     """
@@ -46,23 +52,39 @@ def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "
         print(f"{stage} of {arm or 'all arms'}: already done in {run.folder}")
     elif recipe.launch == "inline":
         run_stage(stage, recipe, root, seed, arm)
-    elif recipe.launch == "subprocess":
-        _do(_command(stage, recipe, root, seed, arm, run.folder), [run])
+    elif _shares_process(recipe):
+        _do(stage_command(stage, recipe, root, seed, arm, run.folder), [run])
     else:
         models = {name: launch(name, recipe, root, seed, of).folder / "model" for name, of in needs(stage, recipe, arm)}
         start = Work(run, arm, models).start
         with contextlib.ExitStack() as around:
-            spread = around.enter_context(vllm_servers.ready(stage, recipe, run.folder, start)) if STAGES[stage].spreads else ()
-            _do(_command(stage, recipe, root, seed, arm, run.folder), [run], *spread)
+            spreads = STAGES[stage].spreads and recipe.launch != "subprocess"
+            spread = around.enter_context(vllm_servers.ready(stage, run, arm, start)) if spreads else (None, _one_gpu(stage))
+            _do(stage_command(stage, recipe, root, seed, arm, run.folder), [run], *spread)
     return run
 
 
+def _one_gpu(stage: str) -> dict[str, str]:
+    """Environment of a stage that is one process: TRL refuses to train in one that sees several GPUs; what writes takes all."""
+    return {"CUDA_VISIBLE_DEVICES": first_gpu()} if stage == "cold-start" else {}
+
+
+def first_gpu() -> str:
+    """The first GPU that processes started from here see, as CUDA_VISIBLE_DEVICES names it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def _shares_process(recipe: Recipe) -> bool:
+    """Whether one subprocess does several stages. A process can have one colocated vLLM, for which TRL makes it a rank."""
+    return recipe.launch == "subprocess" and recipe.vllm.mode != "colocate"
+
+
 def launch_arm(recipe: Recipe, root: str | Path, seed: int, arm: str) -> dict[str, Run]:
-    """`launch` of all stages of an arm (`arm_stages`), by name. As a subprocess they share one: each start costs seconds."""
+    """`launch` of all stages of an arm (`arm_stages`), by name. Those that can share a subprocess: each start costs seconds."""
     runs = {stage: stage_run(stage, recipe, root, seed, arm) for stage in arm_stages(recipe, arm)}
     unfinished = [stage for stage, run in runs.items() if not run.finished]
-    if unfinished and recipe.launch == "subprocess":
-        command = _command(",".join(unfinished), recipe, root, seed, arm, runs[unfinished[0]].folder)
+    if unfinished and _shares_process(recipe):
+        command = stage_command(",".join(unfinished), recipe, root, seed, arm, runs[unfinished[0]].folder)
         _do(command, [runs[stage] for stage in unfinished])
     else:
         for stage in runs:
@@ -70,7 +92,7 @@ def launch_arm(recipe: Recipe, root: str | Path, seed: int, arm: str) -> dict[st
     return runs
 
 
-def _command(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str, folder: Path) -> list[str]:
+def stage_command(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str, folder: Path) -> list[str]:
     """The command that does the stage, or several (a,b); the recipe lies in the run's folder, which all nodes see."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "asked.yaml", recipe.model_dump_json())  # JSON is YAML too
@@ -82,7 +104,7 @@ def _do(command: list[str], runs: list[Run], world: ranks.World | None = None, e
     """Do what the command does for these runs, one after the other, and print its output. With a `world`, every rank does it,
     and the output is that of rank 0. Raises Interrupted or RunError."""
     logs, said = runs[0].folder / "logs", collections.deque[str](maxlen=1_000)
-    env = os.environ | MALLOC | _QUIET | {"LWZ_END_WITH": str(os.getpid())} | (env or {})
+    env = os.environ | of_processes() | _QUIET | {"LWZ_END_WITH": str(os.getpid())} | (env or {})
     with contextlib.ExitStack() as opened:
         shown: dict[io.FileIO, bool] = {}  # whether what comes there is printed
         if world:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from lwzlib.base.paths import NOTEBOOKS
 from lwzlib.base.recipe import Recipe
-from lwzlib.base.rows import RunError, write_atomic
-from lwzlib.base.run_folder import Run, status_of
-from lwzlib.pipeline.launch import MALLOC
+from lwzlib.base.rows import RunError, read_json, write_atomic
+from lwzlib.base.run_folder import Run, stage_folders, status_of
+from lwzlib.pipeline.launch import of_processes
 from lwzlib.pipeline.stages import places, stage_run
 
 
@@ -38,10 +38,11 @@ def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[
 
 def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
     """Each of the recipe's `stages.places`: arm, stage, state, step of how many, seconds."""
-    return _rows(_stages(recipe, root, seed))
+    return _rows(stages_of(recipe, root, seed))
 
 
-def _stages(recipe: Recipe, root: str | Path, seed: int) -> dict[tuple[str, str], Run]:
+def stages_of(recipe: Recipe, root: str | Path, seed: int) -> dict[tuple[str, str], Run]:
+    """The Run of each of the recipe's `stages.places`."""
     return {(arm, stage): stage_run(stage, recipe, root, seed, arm) for arm, stage in places(recipe)}
 
 
@@ -51,9 +52,9 @@ def _rows(stages: dict[tuple[str, str], Run]) -> list[dict]:
 
 def stages_found(root: str | Path) -> list[dict]:
     """Rows as of `overview`, of the stages that were started in a run folder, the oldest first."""
-    paths = sorted(Path(root).glob("**/status.json"), key=lambda path: (path.parent / "recipe.yaml").stat().st_mtime)
-    names = [path.parent.relative_to(root).parts for path in paths]
-    return [_row("/".join(arm), stage, path.parent) for path, (*arm, stage) in zip(paths, names, strict=True)]
+    folders = sorted(stage_folders(root), key=lambda folder: (folder / "recipe.yaml").stat().st_mtime)
+    names = [folder.relative_to(root).parts for folder in folders]
+    return [_row("/".join(arm), stage, folder) for folder, (*arm, stage) in zip(folders, names, strict=True)]
 
 
 def _row(arm: str, stage: str, folder: Path) -> dict:
@@ -78,19 +79,20 @@ def show_stages(folder: Path, rows: list[dict]) -> None:
 def run_notebooks(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[str]) -> Path:
     """Execute what is not done yet and write the report. Raises RunError before anything is executed if the folder holds a run
     of another recipe, else at the first failing cell."""
+    from lwzlib.exhibits.model_card import write_cards
     from lwzlib.exhibits.page import write_report
 
-    stages = _stages(recipe, folder, seed)
+    stages = stages_of(recipe, folder, seed)
     for stage in stages.values():
         stage.check()
     fingerprints = [recipe.fingerprint(), *(stage.fingerprint for stage in stages.values())]
-    os.environ |= MALLOC  # of the kernels: some train a step or score with a model themselves
+    os.environ |= of_processes()  # of the kernels: some train a step or score with a model themselves
     show_stages(folder, _rows(stages))
     executed = folder / "notebooks"
     executed.mkdir(parents=True, exist_ok=True)
     record = executed / "done.json"
     todo = steps(recipe, folder, seed, source, overrides)
-    done = json.loads(record.read_text()) if record.exists() else {}  # output: its digest, then the finished stages
+    done = read_json(record) if record.exists() else {}  # output: its digest, then the finished stages
     done = {output: state for output, state in done.items() if set(state[1:]) <= set(_finished(stages))}  # else removed
     write_atomic(record, json.dumps(done, indent=1))
     for number, step in enumerate(todo, 1):
@@ -102,6 +104,7 @@ def run_notebooks(recipe: Recipe, folder: Path, seed: int, source: str, override
         _execute(step, executed / f"{step.output}.ipynb")
         done[step.output] = [digest, *_finished(stages)]
         write_atomic(record, json.dumps(done, indent=1))
+    write_cards(folder)
     page = write_report(folder)
     show_stages(folder, _rows(stages))
     print(f"done: open {page}")

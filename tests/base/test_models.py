@@ -63,6 +63,14 @@ def test_unprepared_and_unknown_models_say_what_to_do(monkeypatch, tmp_path):
         models.resolve("/no/such/folder")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, and may have flash attention")
+@pytest.mark.parametrize("scorer", [False, True])
+def test_an_attention_that_cannot_load_is_named_with_what_it_needs(smoke, scorer):
+    with pytest.raises(ModelError, match=r"kit:tiny with model\.attention = 'flash_attention_2': .*`kernels`.*=sdpa$") as error:
+        load_model(TINY, "bfloat16", "flash_attention_2", scorer=scorer)
+    assert "\n" not in str(error.value)
+
+
 def test_a_half_written_cache_is_not_taken_for_a_model(monkeypatch, tmp_path):
     monkeypatch.setenv("LWZ_CACHE", str(tmp_path))
     folder = prepare(TINY)

@@ -11,7 +11,7 @@ import yaml
 from lwzlib.base import provenance, rows, run_folder
 from lwzlib.base.provenance import commit_of
 from lwzlib.base.recipe import load_recipe
-from lwzlib.base.rows import RunError, append_rows, read_rows, write_atomic
+from lwzlib.base.rows import DataError, RunError, append_rows, read_rows, write_atomic
 from lwzlib.base.run_folder import Run, status_of
 
 
@@ -105,7 +105,7 @@ def test_rewind_drops_later_rows_and_a_half_written_line(tmp_path):
 
 def test_a_broken_line_that_is_not_the_last_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 1"):
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 2 is damaged"):
         read_rows(tmp_path / "metrics.jsonl")
 
 
@@ -181,3 +181,84 @@ def test_rows_that_several_commits_made_name_none_as_the_whole_truth(tmp_path, m
     assert commit_of(made) == "a" * 40 + "+" and [later["commit"] for later in made["resumed"]] == ["a" * 40, "b" * 40]
     assert commit_of({"commit": "a" * 40, "uncommitted_changes": True}) == "a" * 40 + "+"
     assert commit_of({"commit": None, "uncommitted_changes": None}) is None
+
+
+def _damage(path, content):
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 200, b'{"state": "fin'])
+def test_a_status_that_a_power_loss_damaged_is_made_anew_and_the_stage_goes_on(tmp_path, content, capsys):
+    run = _run(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt), run.work():
+        run.append("metrics", *({"step": n} for n in range(1, 8)))
+        for step in (2, 4, 10):
+            (run.folder / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        for step in (2, 4):
+            state = run.folder / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json"
+            state.write_text(json.dumps({"global_step": step}))
+        (run.folder / "checkpoints" / "checkpoint-10" / "trainer_state.json").write_bytes(b"\0\0")
+        raise KeyboardInterrupt
+    _damage(run.folder / "status.json", content)
+    assert status_of(run.folder) == {"state": "damaged"} and not run.finished
+    with pytest.raises(RunError, match="holds a run of another recipe"):
+        assert _run(tmp_path, {"grpo.steps": 77}).finished
+    with run.work():
+        assert run.status["checkpoint"] == "checkpoint-4", "the last that is whole"
+        run.rewind(run.status["checkpoint_step"], "metrics")
+        assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
+    assert run.finished and "goes on from checkpoint-4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 9, None])
+def test_what_made_the_first_rows_is_unknown_once_its_file_is_lost(tmp_path, content):
+    _finish(tmp_path)
+    path = tmp_path / "stage" / "provenance.json"
+    path.unlink() if content is None else _damage(path, content)
+    _damage(tmp_path / "stage" / "status.json", b"")
+    _finish(tmp_path)
+    made = json.loads(path.read_text())
+    assert made["commit"] is None and commit_of(made) is None and made["hardware"] == "unknown"
+    assert [later["hardware"] for later in made["resumed"]] == ["test"]
+
+
+def test_damaged_rows_after_the_checkpoint_are_dropped_and_others_named(tmp_path):
+    run = _run(tmp_path)
+    with run.work():
+        run.append("metrics", *({"step": n} for n in range(1, 7)))
+    path = run.folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:4], b"\0" * 40 + lines[4], *lines[5:]]))
+    with pytest.raises(DataError, match=r"metrics.jsonl, line 5 is damaged: restore the file, or make it again"):
+        run.rows()
+    with pytest.raises(DataError, match=r"line 5 is damaged"):
+        run.rewind(5, "metrics")
+    run.rewind(3, "metrics")
+    assert [row["step"] for row in run.rows()] == [1, 2, 3]
+    path.write_bytes(b"\0\n" + lines[1])
+    run.rewind(0, "metrics")
+    assert run.rows() == [], "from the start nothing is needed"
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0", None])
+def test_a_recipe_that_is_lost_with_the_status_is_named(tmp_path, content):
+    _finish(tmp_path)
+    _damage(tmp_path / "stage" / "status.json", b"[]")
+    path = tmp_path / "stage" / "recipe.yaml"
+    path.unlink() if content is None else _damage(path, content)
+    with pytest.raises(DataError, match=r"recipe.yaml is damaged or lost: restore it, or remove .*stage and run the same"):
+        _finish(tmp_path)
+
+
+def test_a_machine_without_git_leaves_the_commit_unknown_and_says_so_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    provenance._git_installed.cache_clear()
+    try:
+        for name in ("one", "two"):
+            with _run(tmp_path / name).work():
+                pass
+            made = json.loads((tmp_path / name / "stage" / "provenance.json").read_text())
+            assert made["commit"] is None and made["uncommitted_changes"] is None and commit_of(made) is None
+    finally:
+        provenance._git_installed.cache_clear()
+    assert capsys.readouterr().err.count("git is not installed: the commit that makes these results stays unknown") == 1

@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=/shared/lwz/runs/jobs/out-0a1b2c3d/1/%j_0_log.out
 #SBATCH --requeue
-#SBATCH --signal=B:USR2@600
+#SBATCH --signal=B:USR2@2400
 #SBATCH --time=1440
 
 # setup

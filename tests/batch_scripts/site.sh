@@ -14,7 +14,7 @@
 #SBATCH --output=/shared/lwz/runs/jobs/out-0a1b2c3d/1/%j_0_log.out
 #SBATCH --partition=gpu
 #SBATCH --qos=long
-#SBATCH --signal=B:USR2@600
+#SBATCH --signal=B:USR2@2400
 #SBATCH --time=2880
 
 # setup

@@ -1,6 +1,5 @@
 """Estimates against published and measured points, and against a simulation token by token."""
 
-import json
 import re
 import subprocess
 import sys
@@ -12,37 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lwzlib.base.kit import TINY
-from lwzlib.base.models import load_model
 from lwzlib.base.recipe import RecipeError
 from lwzlib.base.rows import RunError
-from lwzlib.cluster.estimate import GIB, GPUS, SHAPES, Shape, assuming, constant, problems, shape_of, training_memory
-from lwzlib.cluster.plan_pages import pages, planned
-from lwzlib.cluster.step_time import decode_s, lengths, replica_s, simulate_step
+from lwzlib.cluster.disk import disk
+from lwzlib.cluster.estimate import GIB, GPUS, assuming, constant, problems, training_memory, writing_memory
+from lwzlib.cluster.plan_pages import pages, planned, readings, room_for_queries
+from lwzlib.cluster.shapes import SHAPES, Shape
+from lwzlib.cluster.step_time import decode_s, lengths, replica_s, simulate_step, training_s
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-# Model cards of Qwen2.5 on the hub: billions of parameters, all and without embeddings.
-@pytest.mark.parametrize(("name", "every", "inner"), [
-    ("0.5B", 0.49, 0.36), ("1.5B", 1.54, 1.31), ("3B", 3.09, 2.77), ("7B", 7.61, 6.53), ("14B", 14.7, 13.1),
-    ("32B", 32.5, 31.0), ("72B", 72.7, 70.0)])
-def test_shapes_have_the_published_number_of_parameters(name, every, inner):
-    found = SHAPES[f"Qwen/Qwen2.5-{name}"]
-    assert found.parameters / 1e9 == pytest.approx(every, rel=0.01)
-    embeddings = found.vocab * found.hidden * (1 if found.tied else 2)
-    assert (found.parameters - embeddings) / 1e9 == pytest.approx(inner, rel=0.02)
-
-
-def test_a_folders_shape_and_adapter_have_the_parameters_of_the_loaded_model(smoke):
-    from peft import LoraConfig, get_peft_model
-
-    model, _ = load_model(TINY, "float32", "sdpa")
-    assert shape_of(TINY).parameters == model.num_parameters()
-    for targets in ("all-linear", ["q_proj", "down_proj"]):
-        asked = f"grpo.lora={{rank: 3, alpha: 8, targets: {json.dumps(targets)}}}"
-        p = planned("smoke", ["grpo.lora.rank=3", f"grpo.lora.targets={json.dumps(targets)}"])
-        adapted = get_peft_model(load_model(TINY, "float32", "sdpa")[0], LoraConfig(r=3, target_modules=targets))
-        assert p.trained == adapted.get_nb_trainable_parameters()[0], asked
+PAPER = planned("paper")
 
 
 def test_a_model_without_a_known_shape_is_refused():
@@ -50,25 +28,75 @@ def test_a_model_without_a_known_shape_is_refused():
         planned("paper", ["model.name=someone/model"])
 
 
-# ZeRO, arXiv 1910.02054, Figure 1: 7.5e9 parameters, 64 GPUs, K = 12.
+def parts(plan, stage="grpo"):
+    return {line.name: line.value * GIB for line in training_memory(plan, stage)}
+
+
+# ZeRO, arXiv 1910.02054, Figure 1: 7.5e9 parameters, 64 GPUs, K = 12; its gradients have 2 bytes, and those here 4.
 @pytest.mark.parametrize(("zero", "gigabytes"), [(2, 16.6), (3, 1.9)])
 def test_model_states_are_those_of_the_zero_paper(monkeypatch, zero, gigabytes):
     monkeypatch.setattr(Shape, "parameters", 7_500_000_000)
     p = planned("paper", [f"distributed.zero={zero}", "vllm.mode=none", "vllm.nodes=0"])
-    states = [line.value for line in training_memory(p) if line.name in ("weights", "gradients", "optimiser")]
-    assert sum(states) * GIB / 1e9 == pytest.approx(gigabytes, rel=0.015)
+    of_the_paper = parts(p)["weights"] + parts(p)["gradients"] / 2 + parts(p)["optimiser"]
+    assert of_the_paper / 1e9 == pytest.approx(gigabytes, rel=0.015)
 
 
-def test_a_token_of_the_kv_cache_is_that_of_the_vllm_paper():
-    opt_13b = Shape(40, 5120, 40, 40, 20480, 50272, True)  # arXiv 2309.06180, section 3: 800 KB
-    assert opt_13b.kv_bytes() / 1024 == 800
+def test_memory_of_weights_without_zero_is_that_of_the_trained_model(smoke, monkeypatch):
+    """All weights are float32 and have gradients and two moments as long as they are, whatever the recipe's dtype."""
+    import torch
+
+    from lwzlib.base import fast_cpu, trainers
+
+    monkeypatch.setattr(fast_cpu, "computed_in", lambda dtype: dtype)
+    p = planned("gpu", {"model.name": TINY, "model.attention": "sdpa", "vllm.mode": "none"})
+    model, _ = trainers.load_trainee(p.recipe, TINY)
+    optimiser = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    optimiser.step()
+    moments = [value for state in optimiser.state.values() for value in state.values() if value.dim()]
+    expected = {"weights": model.parameters(), "gradients": [w.grad for w in model.parameters()], "optimiser": moments}
+    for name, tensors in expected.items():
+        assert parts(p)[name] == pytest.approx(sum(tensor.nbytes for tensor in tensors)), name
+    adapter = planned("gpu", {"model.name": TINY, "vllm.mode": "none", "grpo.lora.rank": 4})
+    assert parts(adapter)["weights"] == pytest.approx(parts(p)["weights"] / 2) and "autocast copies" not in parts(adapter)
 
 
-# GPU memory of loaded models, GiB: Qwen2.5's documentation, transformers, input of 1 token; the weights are most of it.
-@pytest.mark.parametrize(("name", "gib"), [("14B", 28.08), ("32B", 61.58), ("72B", 136.20)])
-def test_weights_fill_what_loaded_models_were_seen_to_fill(name, gib):
-    weights = SHAPES[f"Qwen/Qwen2.5-{name}"].parameters * 2 / GIB
-    assert 0.93 * gib < weights < gib
+def test_vllm_and_saved_models_keep_the_recipes_dtype():
+    written = {line.name: line.value * GIB for line in writing_memory(planned("gpu"))}
+    assert written["vLLM weights"] * 2 == pytest.approx(written["weights"])
+    models = next(line for line in disk(planned("gpu")) if line.name == "models")
+    assert models.how.endswith("x 2 B")
+
+
+STAGES = ("writing-rm", "pretrain", "grpo", "sft")
+
+
+def test_every_stage_that_trains_is_estimated(tmp_path):
+    assert tuple(planned("paper").stages) == STAGES and tuple(planned("gpu").stages) == ("cold-start", *STAGES)
+    (tmp_path / "one.yaml").write_text("extends: paper\narms: {base-think: {start: base, prompt: think}}")
+    only = planned(str(tmp_path / "one.yaml"), "reward.weights.writing=0.0")
+    assert tuple(only.stages) == ("grpo",)
+    given = planned("paper", ["reward.writing.model=runs/judge"])
+    assert "writing-rm" not in given.stages and "Writing RM" in parts(given)
+
+
+@pytest.mark.parametrize(("stage", "larger", "smaller"), [
+    ("writing-rm", "writing_rm.batch_pairs=2", "writing_rm.max_tokens=12000"),
+    ("pretrain", "pretrain.sequence_tokens=131072", "pretrain.sequence_tokens=16384"),
+    ("sft", "sft.batch_sequences=4", "sft.max_tokens=16384"),
+    ("grpo", "grpo.micro_batch_completions=8", "grpo.sampling.max_new_tokens=7000")])
+def test_the_stage_that_does_not_fit_is_named(stage, larger, smaller):
+    before, p = parts(planned("paper"), stage)["activations"], planned("paper", larger)
+    assert parts(planned("paper", smaller), stage)["activations"] < before < parts(p, stage)["activations"]
+    [reason] = problems(p)
+    assert reason.startswith(f"{stage}: a GPU that trains needs ") and "the largest part is activations" in reason
+    assert not problems(p, *set(STAGES) - {stage})
+
+
+def test_a_cold_start_is_one_process_that_shards_nothing():
+    p = planned("paper", "cold_start.queries=64")
+    assert parts(p, "cold-start")["weights"] == 4 * SHAPES["Qwen/Qwen2.5-32B"].parameters
+    assert [reason.partition(":")[0] for reason in problems(p)] == ["cold-start"]
 
 
 # Tokens a second of vLLM 0.6.3 on A100, batch 1, 2,048 tokens after so many: Qwen2.5's documentation, speed benchmark.
@@ -80,12 +108,6 @@ def test_decoding_is_as_fast_as_published(name, before, gpus, speed):
     assert 1 / decode_s(p, 1, before + 1024) == pytest.approx(speed, rel=0.2)
 
 
-def test_training_arithmetic_is_that_of_llama_3():
-    llama = Shape(126, 16384, 128, 8, 53248, 128256, False, False)  # arXiv 2407.21783: 405B, 15.6e12 tokens, 3.8e25 FLOPs
-    assert llama.parameters / 1e9 == pytest.approx(405, rel=0.01)
-    assert llama.flops(15.6e12, 4096, 3) == pytest.approx(3.8e25, rel=0.05)
-
-
 @pytest.mark.parametrize(("layers", "hidden", "heads", "kv", "inner", "hours"), [
     (32, 4096, 32, 32, 11008, 184_320), (80, 8192, 64, 8, 28672, 1_720_320)])
 def test_training_time_is_near_that_of_llama_2(layers, hidden, heads, kv, inner, hours):
@@ -95,32 +117,39 @@ def test_training_time_is_near_that_of_llama_2(layers, hidden, heads, kv, inner,
     assert hours < found < 1.3 * hours
 
 
-def test_what_a_layer_keeps_is_near_what_torch_keeps(smoke):
-    """Measured: bytes that autograd saves in a layer of this family with fused attention, weights left out."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_checkpointed_layers_keep_the_float32_that_goes_between_them():
+    """Measured by the test above: under autocast the residual is float32."""
+    activations = next(line.how for line in training_memory(planned("gpu")) if line.name == "activations")
+    assert "24 layers x 896 x 4 B" in activations
+    assert "64 layers x 5120 x 2 B" in next(line.how for line in training_memory(PAPER) if line.name == "activations")
 
-    config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, attn_implementation="sdpa")
-    model, tokens, kept = LlamaForCausalLM(config).bfloat16(), 512, {}
-    weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
 
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+def test_micro_batches_in_order_of_length_wait_less():
+    tokens = lengths(PAPER)
+    seconds, waiting = training_s(PAPER, tokens, 4)
+    ordered, rest = training_s(PAPER, tokens, 4, by_length=True)
+    assert 0 <= rest < waiting / 3 and ordered - rest == pytest.approx(seconds - waiting)
 
-    held = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or pack(t), lambda t: t):
-        model.model(torch.ones(1, tokens, dtype=torch.long))
-    shape = Shape(4, 256, 4, 2, 704, 64, True, False)
-    measured = sum(kept.values()) / config.num_hidden_layers / tokens
-    assert shape.kept_per_token * 2 == pytest.approx(measured, rel=0.25)
+
+def test_both_readings_of_32_are_shown():
+    a_query, a_step = readings(PAPER)
+    assert (a_query["completions a step"], a_step["completions a step"]) == (1024, 32)
+    page = (ROOT / "docs" / "departures.md").read_text()
+    assert f"`grpo.group_size={a_step['group_size']} grpo.queries_per_step={a_step['queries_per_step']}`" in page
+    assert float(a_query["s a step"]) == pytest.approx(simulate_step(PAPER).seconds, abs=1) and float(a_step["s a step"]) < 300
+    _, refused = readings(planned("paper", ["vllm.mode=colocate", "vllm.nodes=0"]))
+    assert "32 completions a step cannot be cut" in refused["s a step"]
+
+
+def test_the_room_for_a_query_beside_the_longest_answer_is_shown():
+    training, samples = room_for_queries(PAPER)
+    assert "leaves 2000 tokens for a query beside grpo.sampling.max_new_tokens = 14000" in training and "cut" not in training
+    assert "leaves 500 tokens" in samples and samples.endswith("so the longest answers are cut for it")
+    assert not room_for_queries(planned("paper", "reward.weights.writing=0.0"))
 
 
 @pytest.mark.parametrize(("sets", "where", "reason"), [
-    (["distributed.zero=2"], {}, "reward.writing.url is empty: 72.71e9 x 2 B / 1$"),
+    (["distributed.zero=2"], {}, "reward.writing.url is empty: 72.71e9 x 2 B / 1;"),
     (["vllm.mode=none", "vllm.nodes=0"], {}, "a GPU that writes needs .* whole model"),
     ([], {"nodes": 1, "gpus": 8}, "a GPU that trains needs .* optimiser"),
     ([], {"gpu_gib": 24}, "a GPU that trains needs")])
@@ -132,7 +161,8 @@ def test_the_command_shows_the_arithmetic_and_refuses():
     command = [sys.executable, "-m", "lwzlib.cli.main", "estimate", "paper"]
     fits = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "200", "PATH": ""})
     assert fits.returncode == 0, fits.stderr
-    for shown in ("32.76e9 x 2 B / 32", "64 layers x 5120 x 2 B", "65.5 GB / 10 GB/s", "GPU-hours", "assumed", "published"):
+    for shown in ("32.76e9 x 2 B / 32", "64 layers x 5120 x 2 B", "65.5 GB / 10 GB/s", "GPU-hours", "assumed", "published",
+                  "writing-rm: a GPU that trains", "checkpoints of 458.7 GB", "32 trajectories a step", "leaves 500 tokens"):
         assert shown in fits.stdout
     refused = subprocess.run([*command, "-s", "distributed.zero=2"], capture_output=True, text=True)
     assert refused.returncode == 1 and "lwz: recipe paper cannot run on 64 x H800" in refused.stderr
@@ -158,9 +188,6 @@ def token_by_token(p, tokens, places):
         while queue and len(running) < places:
             running.append([int(queue.pop()), 0])
     return seconds
-
-
-PAPER = planned("paper")
 
 
 @settings(max_examples=60, deadline=None)

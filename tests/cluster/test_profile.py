@@ -7,11 +7,13 @@ import papermill
 import pytest
 import yaml
 
-from lwzlib.cluster import engine
-from lwzlib.cluster.profile import ROOT, ClusterError, batch_script, check_job, load_profile, profile_names
+from lwzlib.base.paths import ROOT
+from lwzlib.cluster import engine, readiness
+from lwzlib.cluster.profile import ClusterError, batch_script, check_job, load_profile, profile_names
 
 SCRIPTS = Path(__file__).parents[1] / "batch_scripts"
 FOLDER, NAME = Path("/shared/lwz/runs/jobs/out-0a1b2c3d/1"), "lwz-out-0a1b2c3d-1"
+ELSEWHERE = "python=/shared/python"  # another environment than this one, which has neither vLLM nor DeepSpeed
 ASKED = {
     "generic": "generic python=/shared/lwz/.venv/bin/python",
     "container": "container",
@@ -51,6 +53,7 @@ def test_every_profile_has_a_committed_script():
     ("generic nodes=many", "nodes = 'many': Input should be a valid integer"),
     ("generic time=tomorrow", "time = 'tomorrow': String should match pattern"),
     ("generic 'time=1 day", "No closing quotation"),
+    ("generic time=00:40:00", "time = 00:40:00 must be longer than stop_before_end_s = 2400 s"),
     ("generic sbatch.constraint=[h100]", "sbatch.constraint"),
 ])
 def test_what_is_wrong_in_a_profile_is_named(asked, reason):
@@ -82,7 +85,7 @@ def test_a_time_limit_is_whole_minutes_rounded_up(time, minutes):
         with pytest.raises(ClusterError, match="time = '100:00:00'"):
             load_profile(f"generic time={time}")
     else:
-        assert load_profile(f"generic time={time}").minutes == minutes
+        assert load_profile(f"generic time={time} stop_before_end_s=1").minutes == minutes
 
 
 def test_the_variable_names_the_profile_and_the_option_wins(monkeypatch):
@@ -93,7 +96,7 @@ def test_the_variable_names_the_profile_and_the_option_wins(monkeypatch):
 def test_a_dry_run_prints_the_script_without_slurm(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     script = engine.dry_run(ROOT / "notebooks" / "05_train_grpo.ipynb", tmp_path / "out.ipynb",
-                           {"recipe": "paper"}, "generic nodes=8")
+                           {"recipe": "paper"}, f"generic nodes=8 {ELSEWHERE}")
     assert "#SBATCH --nodes=8\n" in script and "\nexec " in script and not (tmp_path / "out.ipynb").exists()
 
 
@@ -103,17 +106,34 @@ def test_a_job_is_refused_on_a_machine_without_slurm(monkeypatch):
         check_job(load_profile("generic"), FOLDER, NAME)
 
 
-@pytest.mark.parametrize(("profile", "overrides", "reason"), [
-    ("generic", "", r"recipe paper wants 8 nodes, and the profile gives nodes=1"),
-    ("generic nodes=8 gpus_per_node=4", "", "wants 8 processes a node, and the profile gives gpus_per_node=4"),
-    ("generic nodes=8", "distributed.zero=2", "recipe paper cannot run on h100: .*72"),
-    ("generic nodes=8", "grpo.gradient_checkpointing=false", "cannot run on h100: a GPU that trains needs 3"),
-])
-def test_a_recipe_that_the_job_cannot_hold_is_refused_before_it_is_submitted(profile, overrides, reason):
+def checked(recipe, overrides, profile):
     nb = papermill.execute_notebook(ROOT / "notebooks" / "05_train_grpo.ipynb", None, prepare_only=True,
-                                    parameters={"recipe": "paper", "overrides": overrides})
+                                    parameters={"recipe": recipe, "overrides": overrides})
+    return engine.checked_parameters(nb, load_profile(profile))
+
+
+@pytest.mark.parametrize(("recipe", "profile", "overrides", "reason"), [
+    ("paper", "generic", "", "it wants 8 nodes, and the profile gives nodes=1"),
+    ("paper", "generic nodes=8 gpus_per_node=4", "", "wants 8 processes a node, and the profile gives gpus_per_node=4"),
+    ("paper", "generic nodes=8", "distributed.zero=2", "recipe paper cannot run on h100: .*72"),
+    ("paper", "generic nodes=8", "grpo.gradient_checkpointing=false", r"cannot run on h100: .*grpo: a GPU that trains needs 3"),
+    ("gpu", "generic", "", "launch: subprocess is one process and sees 8 GPUs, which TRL refuses"),
+    ("paper", "generic nodes=8 stop_before_end_s=600", "",
+     r"stop_before_end_s = 600 of the profile is less than a step of recipe paper, about 7\d\d s, and its checkpoint, about 2"),
+])
+def test_a_recipe_that_the_job_cannot_hold_is_refused_before_it_is_submitted(recipe, profile, overrides, reason):
     with pytest.raises(ClusterError, match=reason):
-        engine.checked_parameters(nb, load_profile(profile))
-    fits = papermill.execute_notebook(ROOT / "notebooks" / "05_train_grpo.ipynb", None, prepare_only=True,
-                                      parameters={"recipe": "paper"})
-    assert engine.checked_parameters(fits, load_profile("generic nodes=8"))["recipe"] == "paper"
+        checked(recipe, overrides, f"{profile} {ELSEWHERE}")
+
+
+@pytest.mark.parametrize(("recipe", "profile"), [("paper", "nodes=8"), ("gpu", "gpus_per_node=1"), ("nano", "gpus_per_node=1"),
+                                                 ("smoke", "gpu=null gpus_per_node=0")])
+def test_a_recipe_that_the_job_can_hold_is_taken(recipe, profile):
+    assert checked(recipe, "", f"generic {profile} {ELSEWHERE}")["recipe"] == recipe
+
+
+def test_packages_are_those_of_the_python_that_submits_unless_the_nodes_have_another(monkeypatch):
+    monkeypatch.setattr(readiness, "find_spec", lambda name: None)
+    with pytest.raises(ClusterError, match=r"not installed: vllm, deepspeed: .*neither kernels nor flash-attn is installed"):
+        checked("paper", "", "generic nodes=8")
+    assert checked("paper", "", "container nodes=8")["recipe"] == "paper"

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import example, given
@@ -52,6 +53,72 @@ def test_examples_in_the_docstrings():
     ("a few words", None), ("", None), ("1" * 400 + " words", None), ("9" + ",999" * 400 + " words", None)])
 def test_length_that_a_query_states(query, expected):
     assert stated(query) == expected
+
+
+@pytest.mark.parametrize("query", [
+    # of several pieces
+    "Write several 200-word reviews", "Write three short 500-word stories", "Write 200-word product descriptions for my shop",
+    "a few 150-word poems", "write three 500 words essays", "Write 5 poems of about 100 words", "Write essays of 500 words",
+    "5 x 200 words", "写几篇200字的书评", "三篇300字的作文", "多篇不少于200字的短文", "几个200字的故事", "800字作文两篇",
+    # a difference
+    "increase it by 300-500 words", "add 200 words", "shorten by 100 words", "cut out about 100 words", "an extra 200 words",
+    "Write another 300 words", "make it 200 words longer", "Expand it from 300 to 500 words", "字数增加300", "增加300字",
+    "增加了大约300-500字", "再写200字", "减少100字", "删掉200字", "压缩200字", "少写100字", "比原文多200字",
+    # of a section
+    "an essay with a 200-word abstract", "a 300-word introduction", "the conclusion should be about 150 words",
+    "Abstract: 200 words", "Introduction (300 words)", "Write a report including a 200-word summary",
+    "a report with an introduction of 300 words", "200 words for the introduction", "I want the conclusion to be 150 words",
+    "Limit the introduction to 200 words", "The first paragraph should be 100 words",
+    "Write an essay. Start with a 200-word introduction.", "引言300字", "摘要200字左右", "引言（300字）",
+    "写一篇带200字摘要的论文", "写一篇论文，结论部分控制在300字以内"])
+def test_length_of_something_else_is_not_that_of_the_whole(query):
+    assert stated(query) is None
+
+
+@pytest.mark.parametrize("query", [
+    "limited to {} words", "limit it to {} words", "limit your answer to {} words", "keep it to {} words",
+    "keep the whole essay to {} words", "capped at {} words", "restricted to {} words", "a cap of {} words", "max. {} words",
+    "the word limit is {} words", "a maximum length of {} words", "never exceed {} words", "do not go over {} words",
+    "without exceeding {} words", "{} words at the most", "限制在{}字", "控制在{}字", "限{}字", "字数限制在{}字",
+    "控制字数在{}字", "{}字封顶", "{}字内", "别超过{}字", "以{}字为限", "最多写{}字"])
+def test_limit_is_kept_however_it_is_said(query):
+    assert stated(query.format(1000)) == (900, 1000)
+
+
+@pytest.mark.parametrize(("query", "expected"), [
+    ("300词", (270, 330)), ("300个单词", (270, 330)), ("300个词", (270, 330)), ("300英文单词", (270, 330)),
+    ("300词到500词", (300, 500)), ("词数：100", (90, 110)), ("词数不少于100", (100, 110)), ("不小于850字", (850, 935)),
+    ("Describe each planet. Write 500 words.", (400, 600)), ("Describe each planet!\nWrite 1.5k words", (1400, 1600)),
+    ("Describe every planet\n500 words", (400, 600)), ("Write 500 words; each part has a title", (400, 600)),
+    ("The text is 500 words long in total. Each part has a title.", (400, 600)), ("介绍每个行星。写800字。", (700, 900)),
+    ("写800字！每段有小标题。", (700, 900)), ("do not cover 800 words", (700, 900))])
+def test_word_of_chinese_and_end_of_a_sentence(query, expected):
+    assert stated(query) == expected
+
+
+@pytest.mark.parametrize(("query", "expected"), [
+    *((query, (400, 600)) for query in (
+        "a 500-word review", "a 500-word analysis of two poems", "a 500-word essay on three cats", "Shorten it to 500 words",
+        "compare two poets in 500 words", "some 500 words on cats", "Write 500 words for students.", "500 words more or less",
+        "Write another 500-word essay", "Write 500 words and add a title", "keep it close to 500 words", "Word count:\n500",
+        "keep it to about 500 words", "a captivating story of 500 words", "Write a 500-word introduction to jazz",
+        "Draft me a short abstract of 500 words", "A 500-word summary of Hamlet", "The summary should be 500 words",
+        "an essay with introduction, body and conclusion of 500 words", "500字的三国人物评论", "分三段写500字",
+        "压缩到500字", "再写一篇500字的作文", "控制在500字左右", "参加比赛的500字作文", "中学生500词作文",
+        "写一段500字的摘要", "为论文写摘要500字", "in a 500-word paragraph", "写一篇有摘要的论文，500字",
+        "写一篇包括摘要、引言、结论共500字的论文")),
+    ("Write at most:\n500 words", (400, 500)), ("控制在850字以上", (850, 935)), ("至少写850字", (850, 935)),
+    ("3000词汇量", None), ("500个词语", None), ("学会500个单词", None), ("Write 1.5k words for each", None),
+    ("ten parts, each approx. 500 words", None)])
+def test_length_that_looks_like_another(query, expected):
+    assert stated(query) == expected
+
+
+@pytest.mark.parametrize("text", ["\n", "300字", "limit it to the ", "add in in ", "introduction of of "])
+def test_time_to_read_a_length_is_in_proportion_to_the_text(text):
+    begun = time.process_time()
+    stated("5" + text * (100_000 // len(text)))
+    assert time.process_time() - begun < 20
 
 
 def test_stated_lengths_agree_with_the_ranges_set_by_hand():
@@ -236,3 +303,24 @@ def test_command_says_what_is_wrong(llm_server, tmp_path):
         process = lwz(llm_server, "kit:heldout", tmp_path / "made.jsonl", *options)
         said = process.communicate()[0]
         assert process.returncode == 1 and wrong in said and "Traceback" not in said
+
+
+RULES = word_ranges._RULES
+LIMITS = {"most": (700, 800), "least": (800, 900), "about": (700, 900)}
+
+
+@pytest.mark.parametrize(("limit", "request_text"), [
+    (rule["limit"], text) for rule in RULES["limits"] for text in rule["examples"]])
+def test_each_example_of_a_limit_is_what_its_rule_says(limit, request_text):
+    assert stated(request_text) == LIMITS[limit]
+
+
+@pytest.mark.parametrize("request_text", [
+    text for rule in [*RULES["not_its_own"], RULES["of_a_section"]] for text in rule["examples"]])
+def test_each_example_of_another_length_states_none(request_text):
+    assert stated(request_text) is None
+
+
+@pytest.mark.parametrize("request_text", RULES["asked_for"]["examples"])
+def test_each_example_of_a_section_that_is_asked_for_states_its_length(request_text):
+    assert stated(request_text) == (270, 330)

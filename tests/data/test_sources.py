@@ -1,7 +1,13 @@
 """Corpora: documents of prose without markup, in order, from the kit, from a file, or refused by name."""
 
+import bz2
+import gzip
+import itertools
 import json
+import lzma
 import re
+import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -162,3 +168,49 @@ def test_a_parquet_file_that_is_none_is_named(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(DataError, match=r"cannot read .*bad\.parquet"):
         list(read_texts(str(tmp_path / "bad.parquet")))
+
+
+PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, "": bytes}
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_a_packed_file_is_read_like_an_unpacked_one(tmp_path, packing):
+    (tmp_path / f"a.jsonl{packing}").write_bytes(PACKED[packing](b'\xef\xbb\xbf{"text": "One."}\n{"text": "Two."}\n'))
+    (tmp_path / f"b.txt{packing}").write_bytes(PACKED[packing]("\ufeff雨。".encode()))
+    (tmp_path / ".gitattributes").write_bytes(b"hidden")
+    jsonl, txt = f"a.jsonl{packing}", f"b.txt{packing}"
+    assert _documents(tmp_path) == [(f"{jsonl}/1", ["One."]), (f"{jsonl}/2", ["Two."]), (f"{txt}/b", ["雨。"])]
+    assert [name for name, _ in read_documents(str(tmp_path / f"b.txt{packing}"))] == [f"{tmp_path}/b.txt{packing}/b"]
+
+
+@pytest.mark.parametrize("name", ["00000.jsonl.zst", "a.csv", "b.parquet.gz", "c.zip", "d"])
+def test_a_folder_with_a_file_that_cannot_be_read_names_it(tmp_path, name):
+    (tmp_path / "README.md").write_text("A card.")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"1 of its files cannot be read, the first .*deep/{re.escape(name)}"):
+        list(read_documents(str(tmp_path)))
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("a.txt", "rain".encode("utf-16"), "a.txt is UTF-16; make it UTF-8"), ("a.txt", b"rain\0rain", "a.txt holds NUL bytes"),
+    ("a.md", b"caf\xe9", "a.md is not UTF-8"), ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl, line 1 is UTF-16"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', r"a.jsonl, line 2: a half of a surrogate pair"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\xed\xa0\xbd"}\n', r"a.jsonl, line 2 is not UTF-8"),
+    ("a.jsonl", b'{"text": "\xe9"}\n', r"a.jsonl, line 1 is not UTF-8"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:40], "a.jsonl.gz cannot be read to its end"),
+    ("a.txt.gz", b"no archive", "a.txt.gz cannot be read to its end"),
+    ("a.jsonl.zst", b"x", ".zst files are not read; unpack it")])
+def test_bytes_that_are_no_text_are_refused_by_file_and_line(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        list(read_documents(str(tmp_path / name)))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\ufeff\u2028\x85\x1c"), min_size=1))
+def test_any_text_comes_back_from_a_row_with_or_without_a_mark(text):
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (escaped, mark) in enumerate(itertools.product([True, False], [b"", b"\xef\xbb\xbf"])):
+            path = Path(folder) / f"{number}.jsonl"
+            path.write_bytes(mark + json.dumps({"text": text}, ensure_ascii=escaped).encode())
+            assert [found for _, found in read_texts(str(path))] == [text]

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from lwzlib.base import models
 from lwzlib.base.kit import TINY, ModelError, prepare
 from lwzlib.base.models import load_model, load_tokenizer
-from lwzlib.base.quantities import Decoding, Prompt, Sampling
+from lwzlib.base.quantities import Decoding, Prompt
+from lwzlib.base.recipe import RecipeError, load_recipe
 from lwzlib.base.rows import RunError, read_rows
-from lwzlib.endpoints import engines, llm
+from lwzlib.endpoints import endpoint, engines, llm
 from lwzlib.endpoints.engines import QueryPrompt
 from lwzlib.endpoints.local_server import serving
 from lwzlib.method.prompts import framed
@@ -35,7 +36,7 @@ def asked(count=5, frame="plain", style="think"):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(llm, "_backoff", lambda _: 0.02)
+    monkeypatch.setattr(endpoint, "_backoff", lambda _: 0.02)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     prepare(TINY)
 
@@ -201,7 +202,7 @@ def test_stop_strings_are_sent_to_a_server_that_keeps_them(fake, llm_server, tmp
 @pytest.mark.parametrize(("turn", "completion", "truncated"), [
     ({"text": " <think>a</think>\n<answer>b"}, " <think>a</think>\n<answer>b", False),
     ({"text": "cut", "finish": "length"}, "cut", True), ({"text": "cut", "finish": "content_filter"}, "cut", True),
-    ({"text": "no reason", "finish": None}, "no reason", False), ({"text": None}, "", False),
+    ({"text": "no reason", "finish": None}, "no reason", False), ({"text": ""}, "", False),
     ({"text": "<answer>a</answer> and more", "finish": "length"}, "<answer>a</answer>", False),
     ({"text": '{"n": 1}'}, '{"n": 1}', False)])
 @pytest.mark.parametrize("frame", ["plain", "chat"])
@@ -217,6 +218,17 @@ def test_refused_prompt_is_a_row_that_says_so(fake, llm_server, tmp_path):
     rows = engines.generate(engine, asked(3), GREEDY, tmp_path / "out.jsonl")
     assert [row["completion"] for row in rows] == ["ok", "", "ok"] and not any(row["truncated"] for row in rows)
     assert "HTTP 400" in rows[1]["error"] and "too long" in rows[1]["error"] and rows[0]["error"] == ""
+    assert engines.generate(engine, asked(3), GREEDY, tmp_path / "out.jsonl") == rows and len(bodies(llm_server)) == 3 + 1
+    rows = engines.generate(fake({"rain": [{"text": "well"}]}), asked(3), GREEDY, tmp_path / "out.jsonl")
+    assert [row["completion"] for row in rows] == ["ok", "well", "ok"] and len(bodies(llm_server)) == 1, "the others are kept"
+
+
+def test_rows_without_the_kept_replies_are_not_asked_again(fake, llm_server, tmp_path):
+    engines.generate(fake({"rain": [{"text": "ok"}]}), asked(2), GREEDY, tmp_path / "out.jsonl")
+    for path in tmp_path.glob("*replies*"):
+        path.unlink()
+    rows = engines.generate(fake({"rain": [{"text": "new"}]}), asked(3), GREEDY, tmp_path / "out.jsonl")
+    assert [row["completion"] for row in rows] == ["ok", "ok", "new"] and len(bodies(llm_server)) == 1
     with pytest.raises(llm.LLMError, match="refused every question"):
         engines.generate(fake({"rain": [{"status": 422}]}), asked(3), DRAWN, tmp_path / "other.jsonl")
     assert read_rows(tmp_path / "other.jsonl") == []
@@ -291,8 +303,9 @@ def test_vllm_that_is_not_installed_is_named(tmp_path, monkeypatch):
         engines.generate(engines.vllm(TINY), asked(1), GREEDY, tmp_path / "out.jsonl")
 
 
-def test_only_an_evaluation_may_be_greedy():
-    with pytest.raises(ValidationError):
-        Sampling(temperature=0.0, top_p=1.0, max_new_tokens=1)
+def test_samples_and_evaluations_may_be_greedy_and_rl_may_not():
+    assert load_recipe("smoke", "samples.sampling.temperature=0.0").samples.sampling.temperature == 0
+    with pytest.raises(RecipeError, match=r"grpo.sampling.temperature = 0 makes all completions of a group the same"):
+        load_recipe("smoke", "grpo.sampling.temperature=0.0")
     with pytest.raises(ValidationError):
         Decoding(temperature=0.5, top_p=1.0, max_new_tokens=1, top_k=-1)

@@ -13,16 +13,16 @@ import fault_server
 from polling import until
 
 from lwzlib.base.rows import read_rows, write_rows
-from lwzlib.endpoints import llm
+from lwzlib.endpoints import endpoint, llm
 from lwzlib.evaluate import writingbench
 from lwzlib.evaluate.writingbench import judge_responses
 
 QUERIES, CONCURRENCY = 400, 64
 JUDGE = textwrap.dedent("""
     import asyncio, pathlib, sys
-    from lwzlib.endpoints import llm
+    from lwzlib.endpoints import endpoint
     from test_faults import judged
-    llm._backoff = lambda _: 0.01
+    endpoint._backoff = lambda _: 0.01
     asyncio.run(judged(*sys.argv[1:]))
 """)
 
@@ -49,7 +49,7 @@ def replies(path):
 
 
 def test_every_judgment_ends_once_and_nothing_that_was_answered_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(llm, "_backoff", lambda _: 0.01)
+    monkeypatch.setattr(endpoint, "_backoff", lambda _: 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     bench, out = bench_of(tmp_path), tmp_path / "scores.jsonl"
     cache = tmp_path / "scores.replies.jsonl"

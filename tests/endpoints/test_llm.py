@@ -11,13 +11,16 @@ import textwrap
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from polling import until
 from pydantic import BaseModel, ConfigDict
 
 from lwzlib.base import rows
 from lwzlib.base.rows import RunError, locked, read_rows
-from lwzlib.endpoints import llm
+from lwzlib.endpoints import endpoint, llm
 from lwzlib.endpoints.llm import LLMError, NoAnswer, Request
+from lwzlib.endpoints.replies import parse_json
 
 KEY = "sk-s3cret-0123456789"
 
@@ -37,7 +40,7 @@ def questions(count):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(llm, "_backoff", lambda _: 0.02)
+    monkeypatch.setattr(endpoint, "_backoff", lambda _: 0.02)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
@@ -100,18 +103,20 @@ def test_what_is_sent(ask, llm_server):
 
 @pytest.mark.parametrize("text", [
     '{"n": 1}', ' \n{"n": 1}\n', '```json\n{"n": 1}\n```', "```\n{\n\"n\": 1}\n```\nThat is it.", 'The answer is {"n": 1}.',
-    '<think>It may be {"n": 2}, or {</think>\n\n{"n": 1}', 'no tag before {"n": 2}</think>```json\n{"n": 1}```'])
+    '<think>It may be {"n": 2}, or {</think>\n\n{"n": 1}', 'no tag before {"n": 2}</think>```json\n{"n": 1}```',
+    'Of the set {a, b} I take {"n": 1}.', '{"n": 1} and } or {', 'First {"n": 7}, no: {"n": 1}', '[{"n": 1}]'])
 def test_json_is_found(ask, text):
     assert ask([Request("q", Number)], {"q": [{"text": text}]}, reasks=0) == [Number(n=1)]
 
 
 @pytest.mark.parametrize(("turn", "said"), [
     ({"text": "I would say one."}, "it has no JSON object"), ({"text": ""}, "it has no JSON object"),
-    ({"text": None}, "it has no JSON object"), ({"text": '<think>first {"n": 1} then'}, "it has no JSON object"),
-    ({"text": '{"n": 1'}, "it has no JSON object"), ({"text": '{"n": 1,}'}, "Invalid JSON"),
+    ({"text": None}, "the reply's content is null"), ({"text": '<think>first {"n": 1} then'}, "it has no JSON object"),
+    ({"text": '{"n": 1'}, "it has no JSON object"), ({"text": '{"n": 1,}'}, "it has no JSON object"),
     ({"text": '{"n": "1"}'}, "n = '1': Input should be a valid integer"), ({"text": '{"n": 1.0}'}, "n = 1.0: "),
     ({"text": "{}"}, "n = {}: Field required"), ({"text": '{"n": 1, "m": 2}'}, "m = 2: Extra inputs"),
-    ({"text": '{"n": 1}', "finish": "length"}, "it was cut at its limit of tokens")])
+    ({"text": '{"n": ', "finish": "length"}, "it was cut at its limit of tokens"),
+    ({"text": 'It may be {"n": 3}, but then', "finish": "length"}, "it was cut at its limit of tokens")])
 def test_invalid_answer_is_sent_back_with_its_error(ask, llm_server, turn, said):
     spent = llm.Spent()
     assert ask([Request("q", Number)], {"q": [turn, says(5)]}, spent) == [Number(n=5)]
@@ -135,7 +140,7 @@ def test_answers_that_stay_invalid_are_given_up_and_not_paid_for_again(ask, llm_
 @pytest.mark.parametrize("turn", [
     {"status": 500}, {"status": 503, "headers": {"Retry-After": "soon"}}, {"status": 429, "text": "slow down"},
     {"status": 408}, {"raw": "<html>log in</html>"}, {"raw": "{}"}, {"raw": '{"choices": []}'},
-    {"raw": '{"choices": [{"message": {"content": ["a"]}}]}'}, {"raw": '{"error": {"message": "upstream"}}'},
+    {"raw": '{"choices": [{"message": []}]}'}, {"raw": '{"error": {"message": "upstream"}}'},
     {"delay_s": 5}])
 def test_passing_trouble_is_waited_out(ask, llm_server, turn):
     found = ask(questions(2), {"<1>": [turn, turn, says(1)], "<0>": [says(0)]}, timeout_s=1.0 if "delay_s" in turn else 20.0)
@@ -186,6 +191,144 @@ def test_question_that_is_refused_does_not_stop_the_others(ask, llm_server):
     with pytest.raises(LLMError, match=r"refused every question; the first: HTTP 400 .*no temperature"):
         ask(questions(3), {"question": [{"status": 400, "text": "no temperature"}]},
             sampling={"temperature": 0.5})
+
+
+POISON = [{"status": 500, "text": "CUDA error"}, {"status": 501}, {"raw": '{"error": {"message": "engine is dead"}}'}]
+
+
+@pytest.mark.parametrize("turn", POISON)
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_poisoned_question_is_set_aside_asked_last_and_reported(ask, llm_server, capsys, turn, concurrency):
+    script = {"<0>": [turn], "question": [says(1)]}
+    found = ask(questions(12), script, concurrency=concurrency, patience_s=900.0)
+    assert found[1:] == [Number(n=1)] * 11 and isinstance(found[0], NoAnswer)
+    assert re.match(r"HTTP (500|501|200) .*while others were answered", found[0])
+    order = sent(llm_server)
+    assert order.count("question <0>") == 6 and order[-3:] == ["question <0>"] * 3, "asked last"
+    assert "set aside, to be asked last: HTTP" in capsys.readouterr().out
+    assert ask(questions(12), script, concurrency=concurrency, patience_s=900.0)[1:] == found[1:]
+    assert set(sent(llm_server)[12:]) <= {"question <0>"}, "the others are not asked again"
+    assert ask(questions(12), {"question": [says(1)]}) == [Number(n=1)] * 12, "once the server is well"
+
+
+def test_question_that_hangs_is_set_aside_though_patience_is_short(ask):
+    found = ask(questions(6), {"<2>": [{"delay_s": 9}], "question": [says(1)]}, timeout_s=0.4, patience_s=0.7, concurrency=2)
+    assert isinstance(found[2], NoAnswer) and "no reply within timeout_s" in found[2] and found.count(Number(n=1)) == 5
+
+
+def test_gateway_without_its_server_is_waited_for_and_no_question_blamed(ask):
+    ask(questions(4), {"question": [says(1)]})
+    down = [{"status": 502}, {"status": 504}] * 4
+    assert ask(questions(6), {f"<{i}>": [*down, says(1)] for i in (4, 5)} | {"question": [says(1)]}) == [Number(n=1)] * 6
+
+
+def test_question_set_aside_among_refused_ones_ends_in_a_clear_error(ask):
+    script = {"<0>": [{"status": 500, "delay_s": 0.2}], "question": [{"status": 400, "text": "no"}]}
+    with pytest.raises(LLMError, match="refused each of the first 8 questions"):
+        ask(questions(9), script, concurrency=2)
+
+
+def test_refusals_after_answers_of_an_earlier_call_do_not_end_the_run(ask):
+    spent = llm.Spent()
+    ask(questions(2), {"question": [says(1)]}, spent)
+    refused = ask([Request(f"long <{i}>", Number) for i in range(12)], {"long": [{"status": 400, "text": "too long"}]}, spent)
+    assert len(refused) == 12 and all("too long" in answer for answer in refused)
+
+
+def test_plan_that_never_ended_is_an_empty_text_and_kept(ask, llm_server):
+    message = {"content": None, "reasoning_content": "a long plan"}
+    body = json.dumps({"choices": [{"message": message, "finish_reason": "length"}], "usage": {"completion_tokens": 9}})
+    for _ in range(2):
+        assert ask([Request("q", llm.Written)], {"q": [{"raw": body}]}) == [llm.Written("", "length", 9)]
+    assert not llm_server.requests, "not asked again"
+
+
+def test_damaged_line_of_the_cache_is_asked_again_alone(ask, llm_server, tmp_path, capsys):
+    ask(questions(5), {"question": [says(1)]})
+    cache = tmp_path / "replies.jsonl"
+    lines = cache.read_bytes().splitlines(keepends=True)
+    cache.write_bytes(b"".join([lines[0], b"\0" * 40 + lines[1], *lines[2:]]))
+    assert ask(questions(5), {"question": [says(1)]}) == [Number(n=1)] * 5 and len(llm_server.requests) == 1
+    assert "1 rows are left out, which are damaged" in capsys.readouterr().out and len(read_rows(cache)) == 5
+
+
+def test_poisoned_question_that_recovers_is_answered_at_the_end(ask):
+    assert ask(questions(6), {"<2>": [*[{"status": 500}] * 4, says(1)], "question": [says(1)]}) == [Number(n=1)] * 6
+
+
+def test_outage_is_waited_out_and_no_question_blamed(ask, llm_server):
+    down = [{"status": 500}] * 5
+    found = ask(questions(8), {f"<{i}>": [*down, says(1)] for i in range(8)}, concurrency=2)
+    assert found == [Number(n=1)] * 8
+    with pytest.raises(LLMError, match=r"no reply within patience_s = 0\.5; last: HTTP 500"):
+        ask(questions(20), {"question": [{"status": 500}]}, concurrency=2, patience_s=0.5, model="down")
+    assert len(set(sent(llm_server))) < 8, "the others are not even asked"
+
+
+def test_refusals_of_the_first_questions_end_the_run_at_once(ask, llm_server):
+    with pytest.raises(LLMError, match=r"refused each of the first 8 questions; the last: HTTP 400 .*no temperature"):
+        ask(questions(500), {"question": [{"status": 400, "text": "no temperature"}]}, concurrency=4)
+    assert len(llm_server.requests) < 16
+    late = {"<0>": [says(1)], "question": [{"status": 400, "text": "too long"}]}
+    assert sum(isinstance(answer, NoAnswer) for answer in ask(questions(30), late, concurrency=4)) == 29
+
+
+@pytest.mark.parametrize(("message", "said"), [
+    ({"content": None, "reasoning_content": "I think"}, "content is null; what came stands in reasoning_content: I think"),
+    ({"content": "", "reasoning": "I think"}, 'content is ""; what came stands in reasoning: I think'),
+    ({"content": None, "tool_calls": [{"id": "a"}]}, r"content is null; what came stands in tool_calls: \[\{'id'"),
+    ({"content": None}, "content is null$"), ({}, "without a choice"),
+    ({"content": [{"type": "image_url"}]}, r'content is \[\{"type": "image_url"')])
+def test_reply_without_a_text_is_an_error_that_names_the_field(ask, llm_server, message, said):
+    body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"total_tokens": 9}})
+    spent = llm.Spent()
+    with pytest.raises(LLMError, match=said):
+        ask([Request(f"q{i}", llm.Written) for i in range(2)], {"q": [{"raw": body}]}, spent, patience_s=0.3)
+    assert spent.tokens == 9 * spent.requests, "what was answered counts"
+    mixed = {"<1>": [{"raw": body}], "question": [{"text": "Rain."}]}
+    found = ask([Request(f"text, question <{i}>", llm.Written) for i in range(3)], mixed)
+    assert [answer.text for answer in found[::2]] == ["Rain."] * 2 and isinstance(found[1], NoAnswer)
+
+
+def test_content_as_a_list_of_parts_is_one_text(ask):
+    parts = [{"type": "text", "text": '{"n"'}, {"type": "text", "text": ": 1}"}]
+    body = json.dumps({"choices": [{"message": {"content": parts}, "finish_reason": "stop"}]})
+    assert ask([Request("q", Number)], {"q": [{"raw": body}]}) == [Number(n=1)]
+    assert ask([Request("q", llm.Written)], {"q": [{"raw": body}]})[0].text == '{"n": 1}'
+
+
+def test_null_leaves_a_field_out(ask, llm_server):
+    ask([Request("q", Number)], {}, sampling={"temperature": None, "top_p": 0.5})
+    assert "temperature" not in llm_server.requests[0]["body"] and llm_server.requests[0]["body"]["top_p"] == 0.5
+
+
+class Judgment(BaseModel):
+    score: int
+    reason: str
+
+
+PIECES = st.sampled_from([*"ab{}\"\\ \n<>/", "</think>", "<think>", '{"score": 9, "reason": ""}'])
+REASONS = st.lists(PIECES).map("".join)
+
+
+@given(st.integers(1, 10), REASONS, st.sampled_from(["", "Here: ", "<think>{a} or {\"score\": 1}</think>", "```json\n"]),
+       st.sampled_from(["", " }", "\n```", " That is {all}."]))
+def test_any_judgment_that_is_json_is_read(score, reason, before, after):
+    judgment = Judgment(score=score, reason=reason)
+    assert parse_json(before + judgment.model_dump_json() + after, Judgment) == judgment
+
+
+@given(st.lists(st.sampled_from([*'{}[]":,\\n1e', "</think>", '{"score": 1, "reason": "x"}'])).map("".join))
+def test_a_reply_is_read_or_refused_with_a_sentence(text):
+    try:
+        assert parse_json(text, Judgment)
+    except ValueError as error:
+        assert str(error)
+
+
+def test_a_reply_of_braces_is_read_in_time_and_depth():
+    with pytest.raises(ValueError, match="no JSON object"):
+        parse_json('{"a":' * 3000, Judgment)
 
 
 @pytest.mark.parametrize("most", [1, 4])

@@ -168,17 +168,19 @@ class Vllm:
 
 @pytest.fixture(scope="module")
 def rm(tmp_path_factory):
-    """A reward model with a fixed random head: its scores need not be good, only the same."""
+    """A public reward model, described as `measure_judge` does, with a fixed random head: its scores need not be good, only
+    the same."""
     import torch
 
-    folder = tmp_path_factory.mktemp("rm")
+    folder, weights = tmp_path_factory.mktemp("rm"), tmp_path_factory.mktemp("weights")
     prepare(SMOLLM2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, tokenizer = load_model(SMOLLM2, "bfloat16", "eager", scorer=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "writing_rm.json").write_text(json.dumps(INFO))
+    model.save_pretrained(weights)
+    tokenizer.save_pretrained(weights)
+    info = {"model": str(weights), "frame": "messages", "fold_layout": False}
+    (folder / "writing_rm.json").write_text(json.dumps(INFO | info))
     return folder
 
 

@@ -209,3 +209,30 @@ def test_importing_the_evaluation_loads_nothing_heavy():
             "print(*{'torch', 'transformers', 'sklearn', 'scipy', 'matplotlib'} & {*sys.modules})")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_baselines_are_judged_without_their_plan_like_the_player(tmp_path):
+    found = read_arena(public(tmp_path / "a.jsonl", {
+        "idx": 1, "question": EN, "baseline_response": {"m": "<think>a plan</think>\n\nThe text.", "n": "</think>Text."}}))
+    assert found.texts == {"m": {"1": "The text."}, "n": {"1": "Text."}}
+
+
+def test_a_plan_that_a_template_opened_and_that_never_ends_is_no_text(tmp_path):
+    write_rows(tmp_path / "player.jsonl", [{"id": str(n), "completion": text} for n, text in enumerate(
+        ["plan</think>Rain.", "plan</think><answer>Snow.</answer>", "a plan that never ends"])])
+    tasks = {str(n): arena.Task(str(n), EN) for n in range(3)}
+    assert arena.read_player(tmp_path / "player.jsonl", arena.Arena(tasks, {})) == {"0": "Rain.", "1": "Snow.", "2": ""}
+    write_rows(tmp_path / "plain.jsonl", [{"id": "0", "completion": "Rain."}, {"id": "1", "completion": "stray</think>Snow."}])
+    assert arena.read_player(tmp_path / "plain.jsonl", arena.Arena(tasks, {})) == {"0": "Rain.", "1": "Snow."}
+
+
+def test_an_arena_of_one_player_and_a_file_without_judgments_say_what_is_missing(tmp_path):
+    card = read_arena(public(tmp_path / "a.jsonl", {"idx": 1, "question": EN, "baseline_response": ""}))
+    with pytest.raises(ArenaError, match=r"no two models answered the same query; the arena has ours: give `--player name="):
+        arena.matches(card.joined_by("ours", {"1": "x"}))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"empty.jsonl has no judgment; a judgment is \{query_id, first, second, winner"):
+        arena.read_judgments(tmp_path / "empty.jsonl")
+    write_rows(tmp_path / "hard.jsonl", [{"question_id": "1", "model": "m", "judge": "j", "games": [{"score": "A>>B"}]}])
+    with pytest.raises(DataError, match=r"hard.jsonl, line 1: query_id: Field required; a judgment is \{query_id"):
+        arena.read_judgments(tmp_path / "hard.jsonl")

@@ -4,6 +4,7 @@ import asyncio
 import doctest
 import json
 import random
+import re
 
 import numpy as np
 import pandas as pd
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from lwzlib.base.kit import LONGBENCH, ModelError, is_prepared
-from lwzlib.base.rows import DataError
+from lwzlib.base.rows import DataError, write_rows
 from lwzlib.endpoints import llm
 from lwzlib.evaluate import common
 from lwzlib.evaluate import longbench as lb
 from lwzlib.evaluate.longbench import judge_responses, score_table
 from lwzlib.exhibits import figures
+from lwzlib.method.text import count_words
 
 words = st.integers(1, 40_000)
 
@@ -184,3 +186,30 @@ def test_judging_from_responses_to_the_table_and_the_figure(llm_server, tmp_path
     ax = figures.required_against_written(both, Figure().add_subplot())
     assert [line.get_label() for line in ax.lines[1:]] == ["a", "b"]
     assert not figures.required_against_written(lb.lengths(bench, {}), Figure().add_subplot()).lines
+
+
+@given(st.text(st.sampled_from("aGé1_ 字\u3400,.-'") , max_size=30))
+def test_words_are_counted_as_their_authors_count_them(text):
+    count = 0
+    for run in re.findall(r"\w+|\W+", text):  # a Latin word is a whole run of word characters that are ASCII letters
+        count += sum("\u4e00" <= c <= "\u9fff" for c in run) + (run.isascii() and run.isalpha())
+    assert lb.count_published_words(text) == count
+
+
+def test_published_count_departs_from_the_rewards():
+    text = "GPT4 and 3D models, COVID19"
+    assert lb.count_published_words(text) == 2 and count_words(text) == 5
+    assert lb.DECODING.temperature == 0.5 and lb.DECODING.max_new_tokens == 32_768
+
+
+def test_a_plan_that_a_template_opened_and_that_never_ends_has_no_words(tmp_path):
+    bench = lb.read_benchmark(_bench_file(tmp_path, 3))
+    texts = ["p</think>one two", "p</think>one", "a plan without an end"]
+    rows = [{"index": n, "response": text} for n, text in enumerate(texts)]
+    write_rows(tmp_path / "responses.jsonl", rows)
+    assert list(lb.lengths(bench, common.read_responses(tmp_path / "responses.jsonl", bench)).written_words) == [2, 1, 0]
+
+
+def _bench_file(folder, count):
+    write_rows(folder / "bench.jsonl", [{"prompt": f"Write {n}.", "type": "story", "length": 100} for n in range(count)])
+    return str(folder / "bench.jsonl")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_score_file_round_trip_in_the_order_of_the_benchmark(tmp_path):
 
 @pytest.mark.parametrize(("row", "wrong"), [
     ({"index": 9, "scores": {"A": [{"score": 3, "reason": ""}]}}, "line 2: index 9 is not in the benchmark"),
-    ({"index": 1, "scores": {"A": [{"score": 3, "reason": ""}]}}, "line 2: index 1 was already used at .* line 1"),
+    ({"index": 1, "scores": {"A": [{"score": 3, "reason": ""}]}}, "line 2: index 1 was already used at .* line 1; each comes"),
     ({"index": 2, "scores": {"Z": [{"score": 3, "reason": ""}]}}, "line 2: query 2 has no criterion 'Z'; it has 'A', 'B'"),
     ({"index": 2, "scores": {"A": [{"score": 11, "reason": ""}]}}, r"line 2: scores\.A\.0\.score = 11"),
     ({"index": 2, "scores": {"A": [{"score": 0, "reason": ""}]}}, r"line 2: scores\.A\.0\.score = 0"),
@@ -218,7 +219,7 @@ def test_other_files_that_cannot_be_used_are_named(tmp_path):
 
 @pytest.mark.parametrize(("response", "judged"), [
     ("A text.", "A text."), ("", ""), ("<think>Plan.</think>\n\nText </think> here.", "Text </think> here."),
-    ("Plan.</think>Text", "Text"), ("<think>A plan that never", "<think>A plan that never"),
+    ("Plan.</think>Text", "Text"), ("<think>A plan that never", ""),
     ("<think>Plan.</think><answer>\nText.\n</answer>", "Text."), ("<answer>Cut", "Cut"), ("<think>a</think>", "")])
 def test_what_is_judged(response, judged):
     assert common.judged_text(response) == judged
@@ -298,3 +299,20 @@ def test_a_score_file_of_another_making_is_not_overwritten(llm_server, tmp_path)
     with pytest.raises(DataError, match="was not made by this judge"):
         judge(llm_server, tmp_path)
     assert path.read_text() == '{"mine": 1}\n'
+
+
+def test_what_the_authors_scripts_write_is_read(tmp_path):
+    """A run that was resumed, whole floats, rows of the first release; what was done is said."""
+    first = {key: value for key, value in item(1).items() if key != "checklist"} | {"criteria": item(1)["checklist"]}
+    bench = wb.read_benchmark(lines(tmp_path / "bench.jsonl", [first, item(2, lang="en")]))
+    path = lines(tmp_path / "scores.jsonl", [
+        {"index": 1, "scores": {"A": [{"score": 3, "reason": "first"}]}},
+        {"index": 1, "scores": {"A": [{"score": 8.0, "reason": "later"}], "B": [{"score": 7, "reason": ""}]}}])
+    notes = []
+    scores = wb.read_scores(path, bench, notes)
+    assert [judgment.score for judgment in scores[1]["A"]] == [8] and isinstance(scores[1]["A"][0].score, int)
+    assert re.fullmatch(r".*scores.jsonl, line 2: index 1 was already used at .*line 1; the later row holds", notes[0])
+    total = sum(len(row.checklist) for row in bench.values())
+    assert wb.notes_on(bench, scores) == [
+        f"{total - 2} of {total} criteria have no judgment: they are left out of every sum and mean",
+        "no language is stated for 1 of 2 queries: that of most of the text counts"]

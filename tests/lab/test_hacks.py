@@ -7,7 +7,8 @@ import pytest
 
 from lwzlib.base.recipe import load_recipe
 from lwzlib.data.damage import wordings
-from lwzlib.lab.hacks import ATTACKS, attack_table, groups
+from lwzlib.lab.hacks import ATTACKS, attack_table, fusion_table, groups
+from lwzlib.method.advantage import MODES, Fusion
 from lwzlib.method.overlap import find_overlap
 from lwzlib.method.prompts import wrap
 from lwzlib.method.rewards import FormatReward, build_rewards
@@ -18,7 +19,7 @@ FIRST = {language: next(group[0] for group in GROUPS if group[0].language == lan
 LANGUAGES = ["en", "zh"]
 BROKEN = {"nested_tags", "repeated_tags", "code_block"}
 ENDLESS = ["repetition", "paraphrase_loop", "synonym_rotation", "numbered_templates", "keyword_inflation",
-           "language_alternation", "headings", "prompt_copy", "giant_sentence"]
+           "language_alternation", "script_mixing", "combining_marks", "headings", "prompt_copy", "giant_sentence"]
 # By length and lexical format these cost nothing, and earn nothing.
 UNSEEN = {"giant_paragraph", "keyword_inflation", "language_alternation"}
 
@@ -68,7 +69,7 @@ def test_an_attack_that_can_has_the_length_that_it_aims_at(name, language, words
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize("name", ["repetition", "prompt_copy"])
+@pytest.mark.parametrize("name", ["repetition", "prompt_copy", "combining_marks"])
 def test_loops_repeat_to_the_letter(name, language):
     assert find_overlap(_answer(name, language, 400), 1.0).share > 0.6
 
@@ -180,12 +181,12 @@ def test_the_table_takes_the_length_that_pays_best():
     assert half == pytest.approx(sum(count_words(group[0].answer) for group in GROUPS) / len(GROUPS) / 2, abs=15)
 
 
-@pytest.mark.parametrize("mode", ["zscore", "minmax", "sum", "gdpo"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_reward_that_gives_no_score_moves_nothing(mode):
     silent = {"writing": lambda completions, **_: [None] * len(completions), "size": _characters}
-    found = attack_table(silent, [1, 1], mode, among=GROUPS[:1]).set_index("attack")
+    found = attack_table(silent, [1, 1], Fusion(mode), among=GROUPS[:1]).set_index("attack")
     assert found.hacked_writing.isna().all()
-    alone = attack_table({"size": _characters}, [1], mode, among=GROUPS[:1]).set_index("attack")
+    alone = attack_table({"size": _characters}, [1], Fusion(mode), among=GROUPS[:1]).set_index("attack")
     assert (found.wins == alone.wins[found.index]).all()
 
 
@@ -197,3 +198,16 @@ def test_rewards_are_told_the_query_the_range_and_the_style():
         return [0.5] * len(completions)
 
     assert (attack_table({"flat": reward}, [1], among=GROUPS[:1]).difference == 0).all()
+
+
+def test_a_gate_takes_from_a_broken_form_what_its_length_bought():
+    """Of texts of which longer ones pay more, and a form that pays a little."""
+    paid = {"size": _characters, "format": FormatReward(0.6, 0.05)}
+    ways = {"paper": Fusion(), "gate": Fusion("gate")}
+    found = fusion_table(paid, [1, 1], ways, words_factor=3, among=GROUPS[:2])
+    gain = found.pivot(index="attack", columns="fusion", values="difference")
+    assert (gain.gate["code_block"], gain.gate["empty_plan"]) < (gain.paper["code_block"] - 0.1, gain.paper["empty_plan"] - 0.1)
+    whole = [name for name in ATTACKS if name not in BROKEN | {"empty_plan"}]
+    assert (gain.gate[whole] == gain.paper[whole]).all(), "a loop holds the form"
+    alone = attack_table(paid, [1, 1], Fusion("gate"), 3, among=GROUPS[:2]).set_index("attack")
+    assert (alone.difference[gain.index] == gain.gate).all()

@@ -3,10 +3,23 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
-from lwzlib.method.advantage import MODES, averaged, fuse, no_variance
+from lwzlib.base.recipe import load_recipe
+from lwzlib.method import advantage
+from lwzlib.method.advantage import MODES, PAPER, Fusion, averaged, no_variance
+from lwzlib.method.prompts import wrap
 
 NAN, ONES = float("nan"), [1.0, 1.0, 1.0]
+
+
+def fuse(rewards, weights, mode="zscore", clip=0.0, counts=None):
+    """The kit's `fuse`; where a test does not say which rewards count in mode `gate`, all of them do."""
+    if counts is None and mode == "gate":
+        counts = np.full(np.shape(rewards), True)
+    return advantage.fuse(rewards, weights, mode, clip, counts)
 
 
 def _random(seed, groups=5, size=6, components=3):
@@ -155,3 +168,109 @@ def test_no_variance_marks_the_groups_that_teach_nothing():
     rewards = _random(7)
     rewards[1], rewards[3, :, :2], rewards[4, 1:] = 0.3, 0.5, NAN
     assert no_variance(rewards).tolist() == [False, True, False, False, True]
+
+
+def test_one_failure_among_32_is_as_loud_as_the_clip_lets_it_be():
+    rewards = np.ones((1, 32, 1))
+    rewards[0, 7] = 0
+    alone = fuse(rewards, [1])[0]
+    assert alone[7] == pytest.approx(-31 / 32**0.5, abs=0.01) and alone[7] == pytest.approx(-5.48, abs=0.01)
+    for mode in ("zscore", "gate", "sum"):
+        clipped = fuse(rewards, [1], mode, 2.0)[0]
+        assert clipped[7] == -2 and clipped[0] == alone[0] > 0.17
+    both = np.concatenate([rewards, np.linspace(0, 1, 32).reshape(1, 32, 1)], axis=2)
+    length = fuse(both[:, :, 1:], [1])[0]
+    np.testing.assert_allclose(fuse(both, [1, 1], clip=2.0)[0, 7], (-2 + length[7]) / 2)  # before the average, not after
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_clip_that_nothing_reaches_changes_no_bit(mode, seed):
+    rewards = _random(seed)
+    rewards[0, 1, 2] = NAN
+    np.testing.assert_array_equal(fuse(rewards, ONES, mode, 100.0), fuse(rewards, ONES, mode))
+    assert np.abs(fuse(rewards, ONES, mode, 0.1)).max() <= (np.inf if mode == "gdpo" else 0.1 + 1e-12)
+
+
+SCORES = st.floats(-10, 10, width=16)
+GROUP = st.integers(2, 9).flatmap(lambda size: st.tuples(
+    hnp.arrays(float, (1, size, 3), elements=SCORES | st.just(NAN)), hnp.arrays(bool, size), st.integers(0, size - 1)))
+WEIGHTS = [1.0, 2.0, 0.5]
+
+
+def _counts(holds):
+    """The last component is the format reward, which always counts."""
+    return (holds[:, None] | np.array([False, False, True]))[None]
+
+
+@settings(deadline=None)
+@given(GROUP)
+def test_nobody_gains_by_losing_the_form(made):
+    rewards, holds, i = made
+    with_form, without = holds.copy(), holds.copy()
+    with_form[i], without[i] = True, False
+    kept, lost = (fuse(rewards, WEIGHTS, "gate", clip, _counts(form))[0, i] for form, clip in
+                  ((with_form, 0.0), (without, 0.0)))
+    assert lost <= kept + 1e-9
+    kept, lost = (fuse(rewards, WEIGHTS, "gate", 1.0, _counts(form))[0, i] for form in (with_form, without))
+    assert lost <= kept + 1e-9
+
+
+@settings(deadline=None)
+@given(GROUP)
+def test_without_the_form_nothing_is_earned_but_by_format(made):
+    rewards, holds, i = made
+    holds[i] = False
+    paid = fuse(rewards[:, :, :2], WEIGHTS[:2], "gate", 0.0, _counts(holds)[:, :, :2])[0]
+    assert paid[i] <= 1e-9 and np.isfinite(paid).all()
+    lowest = np.nan_to_num(rewards)
+    lowest[0, i, 2] = lowest[0, :, 2].min()  # in `paper` always: a broken form has the format reward 0
+    assert fuse(lowest, WEIGHTS, "gate", 0.0, _counts(holds))[0, i] <= 1e-9
+
+
+@settings(deadline=None)
+@given(GROUP)
+def test_a_gate_that_all_pass_is_the_papers_and_one_that_nobody_passes_leaves_format_alone(made):
+    rewards, holds, _ = made
+    np.testing.assert_array_equal(fuse(rewards, WEIGHTS, "gate", 0.0, _counts(holds | True)), fuse(rewards, WEIGHTS))
+    complete = np.nan_to_num(rewards)
+    np.testing.assert_allclose(fuse(complete, WEIGHTS, "gate", 0.0, _counts(holds & False)) * sum(WEIGHTS),
+                               fuse(complete[:, :, 2:], [1]) * WEIGHTS[2], atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_gate_ignores_units_and_offsets(seed):
+    rewards = _random(seed)
+    counts = np.random.default_rng(seed).random(rewards.shape) < 0.6
+    rescaled = rewards * [50, 1, 3] + [7, 0, -2]
+    np.testing.assert_allclose(fuse(rewards, ONES, "gate", 0.0, counts), fuse(rescaled, ONES, "gate", 0.0, counts), atol=2e-3)
+    assert np.abs(fuse(rewards, ONES, "gate", 0.0, counts) - fuse(rewards, ONES)).max() > 0.1
+
+
+def test_a_reward_that_failed_stays_left_out_behind_the_gate():
+    rewards = [[[0.2, 1.0], [NAN, 0.0], [0.8, 1.0]]]
+    counts = [[[True, True], [False, True], [True, True]]]
+    got = fuse(rewards, [1, 1], "gate", 0.0, counts)[0]
+    assert got[1] == pytest.approx(fuse([[[1.0], [0.0], [1.0]]], [1])[0, 1]), "by format alone"
+    np.testing.assert_array_equal(got, fuse(rewards, [1, 1])[0])
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"mode": "gate"}, r"needs counts, booleans of the shape \(2, 4, 1\).*None"), ({"clip": -1.0}, "clip = -1.0"),
+    ({"mode": "gate", "counts": np.full((2, 4), True)}, r"got shape \(2, 4\)"), ({"clip": NAN}, "clip = nan")])
+def test_a_gate_without_counts_and_a_negative_clip_are_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        advantage.fuse(np.zeros((2, 4, 1)), [1], **more)
+
+
+def test_a_recipe_combines_by_its_mode_clip_and_plan():
+    assert Fusion.of(load_recipe("paper")) == PAPER == Fusion("zscore", 0.0, 1)
+    gate = Fusion.of(load_recipe("nano", "grpo.advantage=gate grpo.advantage_clip=1.5"))
+    assert gate == Fusion("gate", 1.5, 5)
+    plan = "Rain first, then the stalls."
+    texts = [wrap(plan, "Rain fell.", "think"), wrap("Rain.", "Rain fell.", "think"), f"<think>{plan}</think> Rain fell."]
+    rewards, names = np.array([[[0.5, 0.9], [1.0, 0.1], [0.9, 0.0]]]), ["length", "format"]
+    got = gate(rewards, [1, 1], names, texts, "think")
+    counts = np.array([[[True, True], [False, True], [False, True]]])
+    np.testing.assert_array_equal(got, advantage.fuse(rewards, [1, 1], "gate", 1.5, counts))
+    assert PAPER(rewards, [1, 1], names, texts, "think")[0].argmax() != got[0].argmax() == 0

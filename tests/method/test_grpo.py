@@ -15,10 +15,13 @@ import pytest
 import torch
 from killing import at_step, killed_then_finished
 from smoke_runs import COMMON
+from transformers import AutoTokenizer
 from trl import GRPOTrainer
 
+from lwzlib.base import models
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import DataError, RunError
+from lwzlib.method.advantage import Fusion
 from lwzlib.method.grpo import trainer
 from lwzlib.method.text import parse
 from lwzlib.pipeline.launch import launch, launch_arm
@@ -89,6 +92,48 @@ def test_rows_say_what_was_written_and_scored(smoke, tmp_path, one_batch):
     assert [row["completion_tokens"] for row in rows] == batch["completion_mask"].sum(1).tolist()
     np.testing.assert_allclose([row["advantage"] for row in rows], batch["advantages"].numpy(), atol=1e-6)
     assert all(0 <= row["length"] <= 1 and 0 <= row["format"] <= 1 for row in rows)
+
+
+def test_a_gate_and_a_clip_reach_the_trainer(smoke, tmp_path, one_batch):
+    """The tiny model never finds the form: format has partial credit, length is gated, so that format alone decides."""
+    r = load_recipe("smoke", "reward.weights.writing=0.0 grpo.advantage=gate grpo.advantage_clip=0.5 grpo.group_size=8 "
+                             "grpo.micro_batch_completions=8 grpo.sampling.max_new_tokens=60 grpo.kept_completions_per_step=8")
+    _t, batch, run = one_batch(r, tmp_path)
+    rows, names = run.rows("completions"), ["length", "format"]
+    rewards = np.array([[[row[name] for name in names] for row in rows]])
+    texts = [row["completion"] for row in rows]
+    np.testing.assert_allclose(batch["advantages"].numpy(), Fusion("gate", 0.5, 5)(rewards, [1, 1], names, texts, "think")[0],
+                               atol=1e-6)
+    assert (batch["advantages"] == 0).all() == (np.ptp(rewards[0, :, 1]) == 0)
+
+
+def test_overlong_is_a_reward_like_the_others(smoke, tmp_path):
+    r = load_recipe("smoke", COMMON, "reward.weights.overlong=1 reward.overlong.cache_tokens=12 grpo.steps=1 "
+                             "samples.sampling.max_new_tokens=120")
+    run_stage("grpo", r, tmp_path, 0, ARM)
+    run = stage_run("grpo", r, tmp_path, 0, ARM)
+    rows, (step,) = run.rows("completions"), run.rows()
+    expected = [max(-1, min(0, (108 - row["completion_tokens"]) / 12)) for row in rows]
+    assert [row["overlong"] for row in rows] == pytest.approx(expected) and min(expected) == -1
+    assert step["overlong"] == pytest.approx(np.mean([row["overlong"] for row in rows]))
+    run_stage("samples-after", r, tmp_path, 0, ARM)
+    samples = stage_run("samples-after", r, tmp_path, 0, ARM).rows("samples")
+    assert all(row["overlong"] == -1 if row["truncated"] else -1 <= row["overlong"] <= 0 for row in samples)
+
+
+def test_a_plan_that_the_chat_template_opens_counts_as_opened(smoke, tmp_path, one_batch):
+    shutil.copytree(models.resolve(smoke.model.name), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.content }}\n{% endfor %}"
+                               "{% if add_generation_prompt %}<think>\n{% endif %}")
+    tokenizer.save_pretrained(tmp_path / "model")
+    r = load_recipe("smoke", {"model.name": str(tmp_path / "model"), "model.frame": "chat", "reward.weights.writing": 0.0,
+                              "reward.format.partial_credit": 0.1})
+    _, _, run = one_batch(r, tmp_path / "run")
+    rows = run.rows("completions")
+    assert rows and all(row["completion"].startswith("<think>\n") for row in rows)
+    assert all(row["format"] > 0 for row in rows if row["completion"].count("<think>") == 1)
+    assert any(row["think_words"] for row in rows)
 
 
 def test_a_completion_is_parsed_once_a_step(smoke, tmp_path, one_batch):

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lwzlib.base import near_duplicates
 from lwzlib.base.kit import MINILM, is_prepared
 from lwzlib.base.models import embed
 from lwzlib.method import overlap
 from lwzlib.method.overlap import Meaning, find_overlap, find_overlaps, first_alike, runs_of
-from lwzlib.method.text import count_words, split_passages
+from lwzlib.method.text import count_words, split_passages, split_sentences
 
 NEAR = 0.6
 HONEST = ("Rain taps on the awnings and runs to the gutters. An old woman buys a single lemon from a silent grocer. "
@@ -174,16 +175,16 @@ def _never(texts):
 
 
 def test_runs_are_of_about_60_words_and_a_short_rest_is_left_out():
-    assert runs_of(["p"] * 7, [16] * 7) == [range(0, 4), range(4, 7)], "48 words at the end are enough"
-    assert runs_of(["p"] * 5, [16] * 5) == [range(0, 4)], "16 are not"
-    assert runs_of(["p"] * 3, [40, 40, 20]) == [range(0, 2), range(2, 3)]
-    assert runs_of(["p"] * 3, [300, 59, 1]) == [range(0, 1), range(1, 3)]
-    assert runs_of([], []) == runs_of(["p"], [19]) == []
+    assert runs_of([16] * 7) == [range(0, 4), range(4, 7)], "48 words at the end are enough"
+    assert runs_of([16] * 5) == [range(0, 4)], "16 are not"
+    assert runs_of([40, 40, 20]) == [range(0, 2), range(2, 3)]
+    assert runs_of([300, 59, 1]) == [range(0, 1), range(1, 3)]
+    assert runs_of([]) == runs_of([19]) == []
 
 
 @given(st.lists(st.integers(1, 80), max_size=40))
 def test_runs_cover_all_but_a_short_rest_in_order(words):
-    runs = runs_of(["p"] * len(words), words)
+    runs = runs_of(words)
     covered = [i for run in runs for i in run]
     assert covered == list(range(len(covered)))
     assert sum(words[len(covered) :]) < 20
@@ -321,3 +322,46 @@ def test_the_kits_encoder_knows_a_restatement_from_another_subject():
     found = find_overlap(f"{text}\n\n{other}\n\n{restated}", NEAR, meaning=meaning)
     first = len(split_passages(text)) + len(split_passages(other))
     assert (found.lexical, found.semantic) == ({}, dict.fromkeys(range(first, len(found.passages)), 0))
+
+
+def _sprinkled(text, every, other, start=0):
+    words = text.split(" ")
+    return " ".join(f"{word} {other}" if i % every == start else word for i, word in enumerate(words))
+
+
+@given(st.integers(1, 30), st.integers(0, 9))
+def test_characters_of_another_script_hide_no_repetition(every, seed):
+    plain = find_overlap(_about("rain", "bread", "rain", "train", "bread", "rain", seed=seed), NEAR, meaning=MEANING)
+    mixed = _sprinkled(_about("rain", "bread", "rain", "train", "bread", "rain", seed=seed), every, "水", start=every - 1)
+    found = find_overlap(mixed, NEAR, meaning=MEANING)
+    assert (found.semantic, found.lexical) == (plain.semantic, plain.lexical)
+    english = _about("rain", seed=seed)
+    assert find_overlap(english + " " + _sprinkled(english, every, "水"), NEAR).share > 0.4, "nor that of letters"
+
+
+def test_words_of_another_script_hide_no_repetition_in_chinese():
+    sentence = "春天的雨落在老城的屋顶上，孩子们撑着伞走过石桥，河水慢慢涨了起来。"
+    assert find_overlap(sentence + "".join([*sentence[:9], "water", *sentence[9:20], "GPU", *sentence[20:]]), NEAR).share > 0.4
+
+
+def test_chinese_sentences_between_english_ones_do_not_keep_these_from_the_encoder():
+    english = split_sentences(_about("rain", "bread", "rain"))
+    rng = random.Random(0)
+    chinese = "".join("".join(chr(rng.randrange(0x4E00, 0x9000)) for _ in range(16)) + "。" for _ in english)
+    alternating = " ".join(one + " " + other for one, other in zip(english, split_sentences(chinese), strict=True))
+    found = find_overlap(alternating, NEAR, meaning=MEANING)
+    assert [found.passages[i] for i in found.semantic] == english[8:], "and Chinese is not blamed for what English repeats"
+
+
+def test_alike_sentences_are_compared_with_a_bounded_number(monkeypatch):
+    rng, base, compared = random.Random(0), [f"word{i}" for i in range(39)], []
+    sentences = [" ".join(word if rng.random() > 0.3 else f"new{rng.randrange(10**9)}" for word in base) for _ in range(400)]
+    signatures = near_duplicates._signatures
+
+    def counted(passages):
+        of, keys = signatures(passages)
+        return lambda i: compared.append(i) or of(i), keys
+
+    monkeypatch.setattr(near_duplicates, "_signatures", counted)
+    find_overlap(". ".join(sentences), 0.9)
+    assert 0 < len(compared) <= 400 * 4 * near_duplicates._MOST_COMPARED

@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwzlib.base.rows import DataError
+from lwzlib.base.rows import DataError, write_rows
 from lwzlib.data.damage import DAMAGES, plain
 from lwzlib.data.made import KINDS, Original, build_pairs, human_originals
 from lwzlib.method.pairs import Pair, balance_lengths, data_card, load_pairs, split_by_source
@@ -269,3 +271,61 @@ def test_the_card_counts_what_there_is():
         middle = sorted(count_words(p.rejected) for p in own)
         assert row.rejected_words == (middle[(len(own) - 1) // 2] + middle[len(own) // 2]) / 2
     assert card.chosen_longer[card.kind == "truncated"].eq(1).all()
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "fold_layout", "said"), [
+    ("One.\n\nTwo.", "One.\n\nTwo.", False, r"line 2: chosen and rejected are the same: leave"),
+    ("One.\n\nTwo.", "One. Two.", True, r"line 2: chosen and rejected are the same but for white space.*fold_layout"),
+    ("One.\n\nTwo.", "One. Two.", False, ""), ("One.", "Two.", True, "")])
+def test_a_pair_of_equal_texts_is_refused_at_its_line(tmp_path, chosen, rejected, fold_layout, said):
+    good = {"prompt": "p", "chosen": "A", "rejected": "B", "source": "s"}
+    write_rows(tmp_path / "pairs.jsonl", [good, good | {"chosen": chosen, "rejected": rejected}])
+    if said:
+        with pytest.raises(DataError, match=said):
+            load_pairs(str(tmp_path / "pairs.jsonl"), fold_layout)
+    else:
+        assert len(load_pairs(str(tmp_path / "pairs.jsonl"), fold_layout)) == 2
+
+
+LITBENCH = [{"prompt": f"[WP] Prompt {n // 2}", "chosen_story": f"Story {n} that was liked.",
+             "rejected_story": f"Story {n}, less so.",
+             "chosen_upvotes": 50, "rejected_upvotes": 20} for n in range(4)]
+BENCH = {"prompt": "写一个故事。", "chosen": {"text": "很久以前，下着雨。", "score": 3, "length": 9}, "language": "zh",
+          "genre": "fiction",
+          "rejected": {"text": "有一天，出了太阳。", "score": 1, "length": 9}, "metadata": {"score_gap": 2}}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv"])
+def test_litbench_is_read_in_its_own_columns(tmp_path, ending):
+    path, table = tmp_path / f"litbench.{ending}", pd.DataFrame(LITBENCH)
+    write = {"jsonl": partial(table.to_json, orient="records", lines=True),
+             "parquet": table.to_parquet, "csv": partial(table.to_csv, index=False)}
+    write[ending](path)
+    pairs = load_pairs(str(path))
+    assert [(p.prompt, p.chosen, p.rejected, p.kind) for p in pairs] == [
+        (row["prompt"], row["chosen_story"], row["rejected_story"], "litbench") for row in LITBENCH]
+    train, heldout = split_by_source(pairs, 0.5, 0)
+    assert len({p.source for p in pairs}) == 2 and not {p.prompt for p in train} & {p.prompt for p in heldout}
+
+
+def test_writing_preference_bench_is_read_in_its_own_columns(tmp_path):
+    (pair,) = load_pairs(_file(tmp_path, BENCH))
+    texts = tuple(BENCH[side]["text"] for side in ("chosen", "rejected"))
+    assert (pair.chosen, pair.rejected, pair.kind, pair.language) == (*texts, "fiction", "zh")
+
+
+def test_what_a_public_dataset_lost_is_left_out_and_counted(tmp_path, capsys):
+    lost = [LITBENCH[0] | {"rejected_story": "[removed]"}, LITBENCH[1] | {"rejected_story": LITBENCH[1]["chosen_story"]}]
+    assert len(load_pairs(_file(tmp_path, *lost, LITBENCH[2]))) == 1
+    assert "2 pairs are left out" in capsys.readouterr().out
+
+
+def test_a_release_of_ids_without_texts_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"line 1.*chosen.*LitBench or WritingPreferenceBench with its texts"):
+        load_pairs(_file(tmp_path, {"prompt": "[WP] Rain", "chosen_comment_id": "abc", "rejected_comment_id": "def"}))
+
+
+def test_a_table_that_cannot_be_read_is_refused_by_its_name(tmp_path):
+    (tmp_path / "broken.parquet").write_text("no table")
+    with pytest.raises(DataError, match=r"cannot load .*broken\.parquet"):
+        load_pairs(str(tmp_path / "broken.parquet"))

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from killing import at_step, killed_then_finished
+from trl.trainer.utils import add_fused_lm_head
 
 from lwzlib.base.kit import TINY
 from lwzlib.base.models import load_model
@@ -58,6 +59,7 @@ def test_perplexity_is_that_of_each_text_alone(smoke):
             logits = model(ids).logits[0, :-1]
         nll += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         count += ids.shape[1] - 1
+    add_fused_lm_head(model)
     assert perplexity(model, tokenizer, texts, 512, 10_000) == (count, pytest.approx(math.exp(nll / count), rel=1e-5))
     assert perplexity(model, tokenizer, [], 512, 100) == (0, None)
 
@@ -226,7 +228,7 @@ def test_an_arm_rates_its_policy_as_often_as_it_says(smoke):
 def test_the_overview_lists_every_stage_once_with_its_state(smoke, done, tmp_path):
     rows = overview(smoke, done, 0)
     names = [(row["arm"], row["stage"]) for row in rows]
-    assert len(set(names)) == len(names) == 6 + sum(3 + (arm.algorithm == "grpo") for arm in smoke.arms.values())
+    assert len(set(names)) == len(names) == 7 + sum(3 + (arm.algorithm == "grpo") for arm in smoke.arms.values())
     state = {name: row["state"] for name, row in zip(names, rows, strict=True)}
     assert state["all arms", "pretrain"] == state[CPT, "grpo"] == "finished" and state["base-nothink", "grpo"] == "to do"
     assert all(row["seconds"] is not None for row in rows if row["state"] == "finished")

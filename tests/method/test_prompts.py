@@ -1,12 +1,17 @@
 """Prompts: the twin of the query's language, both frames, and worked examples that obey the rules they teach."""
 
+import copy
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lwzlib.base.kit import TINY, prepare
 from lwzlib.base.quantities import Prompt
-from lwzlib.method import prompts
-from lwzlib.method.rewards import FormatReward
-from lwzlib.method.text import TAGS, count_words, has_han, parse
+from lwzlib.base.recipe import load_recipe
+from lwzlib.method import prompts, sft
+from lwzlib.method.rewards import FormatReward, LengthReward, whole_completion
+from lwzlib.method.text import TAGS, count_words, has_han, parse, shown
 
 ENGLISH, CHINESE = "Write about the rain.", "写一写雨。"
 STYLES, WORDINGS = ["think", "direct"], ["full", "brief"]
@@ -32,14 +37,15 @@ def _examples():
 
 @pytest.mark.parametrize("wording", WORDINGS)
 @pytest.mark.parametrize("style", STYLES)
-def test_a_query_with_han_gets_the_chinese_twin(style, wording):
+def test_a_chinese_query_gets_the_chinese_twin(style, wording):
     english = prompts.render(ENGLISH, style, "plain", _prompt(wording, 2))
     chinese = prompts.render(CHINESE, style, "plain", _prompt(wording, 2))
-    mixed = prompts.render("Write about 雨 in English.", style, "plain", _prompt(wording, 2))
+    mixed = prompts.render("Write about 雨 (rain).", style, "plain", _prompt(wording, 2))
+    mixed_chinese = prompts.render("写一篇关于 GPU 的短文。", style, "plain", _prompt(wording, 2))
     assert not has_han(english)
     assert "用户：" in chinese
     assert "User:" not in chinese
-    assert "用户：" in mixed
+    assert "User:" in mixed and "用户：" in mixed_chinese, "the language of most of it"
 
 
 @pytest.mark.parametrize("wording", WORDINGS)
@@ -110,3 +116,51 @@ def test_the_bare_chat_frame_has_the_query_alone(tokenizer):
 def test_a_rendered_prompt_survives_the_tokenizer(tokenizer, query):
     text = prompts.render(query, "think", "chat", _prompt("full", 2), tokenizer)
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@pytest.fixture
+def opening_tokenizer(tokenizer):
+    """A tokenizer whose chat template opens the plan itself, as those of many reasoning models do."""
+    opening = copy.deepcopy(tokenizer)
+    opening.chat_template = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                             "{% if add_generation_prompt %}assistant: <think>\n{% endif %}")
+    return opening
+
+
+def test_a_prompt_that_opens_the_plan_is_part_of_the_form(opening_tokenizer):
+    prompt = prompts.render(ENGLISH, "think", "chat", _prompt(), opening_tokenizer)
+    written = "a plan</think>\n<answer>Rain fell.</answer>"
+    columns = {"completions": [written], "style": ["think"]}
+    assert FormatReward(0.6, 0.05)(**columns, prompts=[prompt]) == [1]
+    assert FormatReward(0.6, 0.05)(**columns, prompts=[[{"role": "assistant", "content": prompt}]]) == [1], "as messages too"
+    assert FormatReward(0.6, 0.05)(**columns, prompts=[ENGLISH]) == [0]
+    assert FormatReward(0.6, 0.05)(["<think>" + written], ["think"], [prompt]) == [0], "a second opening is one too many"
+    length = LengthReward(100)
+    assert length([written], [(2, 2)], ["think"], [prompt]) == [1]
+    assert shown(whole_completion("a plan that never ends", prompt)) == "", "a plan that never ends is no answer"
+
+
+@pytest.mark.parametrize("style", ["direct", "bare"])
+def test_a_prompt_that_wants_no_plan_closes_it(style, opening_tokenizer):
+    prompt = (prompts.render(ENGLISH, "direct", "chat", _prompt(), opening_tokenizer) if style == "direct" else
+              prompts.render_bare(ENGLISH, "chat", opening_tokenizer))
+    assert prompt.endswith("<think>\n\n</think>\n\n") and prompts.opening_of(prompt) == ""
+
+
+@pytest.mark.parametrize("end", ["", "<think>", "<think>\n", "<think>\n\n", "<answer>", "<answer> "])
+@given(plan=st.sampled_from(["", "a plan", "计划"]), answer=st.text(st.characters(exclude_characters="<"), max_size=20))
+def test_prompt_and_completion_join_to_one_text_of_the_form(end, plan, answer):
+    style = "direct" if "answer" in end else "think"
+    completion = prompts.wrap(plan, answer, style)
+    after = prompts.after_prompt("User: x " + end, completion)
+    joined = end + after
+    assert parse(joined, style).exact and parse(joined, style) == parse(completion, style)
+    assert parse(whole_completion(after, "User: x " + end), style) == parse(completion, style)
+
+
+def test_documents_of_sft_have_the_opening_once(opening_tokenizer):
+    recipe = load_recipe("smoke", {"model.frame": "chat"})
+    row = {"messages": [{"role": "user", "content": ENGLISH}, {"role": "assistant", "content": "Rain fell."}]}
+    document = sft._document(recipe, "think", row, "here", opening_tokenizer)
+    whole = document["prompt"] + document["completion"]
+    assert whole.endswith("assistant: <think>\n</think>\n<answer>Rain fell.</answer>")

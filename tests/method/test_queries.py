@@ -7,8 +7,9 @@ import pytest
 
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import DataError, digest_of
-from lwzlib.method.queries import DOMAINS, load_queries, queries_of_recipe
-from lwzlib.method.text import has_han
+from lwzlib.method.queries import DOMAINS, load_queries
+from lwzlib.method.text import answer_language, has_han
+from lwzlib.pipeline.inputs import queries_of_recipe
 
 GOOD = {"id": "a", "query": "Write about rain.", "word_range": [50, 70]}
 SETS = ["kit:train", "kit:heldout", "kit:train_short", "kit:heldout_short"]
@@ -46,7 +47,7 @@ def test_each_query_has_a_short_variant(name):
 def test_shipped_queries_are_unique_and_in_the_language_they_state(name):
     queries = load_queries(name)
     assert len({q.query for q in queries}) == len(queries)
-    assert all(has_han(q.query) == (q.language == "zh") for q in queries)
+    assert all(has_han(q.query) == (q.language == "zh") == (answer_language(q.query) == "zh") for q in queries)
 
 
 def test_a_file_of_ones_own_needs_three_fields(tmp_path):
@@ -91,7 +92,7 @@ def test_a_line_that_is_no_object_is_named(tmp_path, line):
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"id": "\xff\xfe"}\n')
-    with pytest.raises(DataError, match="line 2: not JSON"):
+    with pytest.raises(DataError, match="line 2 is not UTF-8"):
         load_queries(str(path))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lwzlib.base.recipe import load_recipe
 from lwzlib.method.prompts import WORKED_EXAMPLES, wrap
-from lwzlib.method.rewards import FormatReward, LengthReward, build_rewards
+from lwzlib.method.rewards import FormatReward, LengthReward, OverlongReward, RewardError, build_rewards
 from lwzlib.method.text import parse
 
 PLAN, ANSWER = WORKED_EXAMPLES["en"][0][1:]
@@ -178,3 +178,21 @@ def test_breaking_the_form_never_pays_for_a_loop():
     most = FormatReward(0.6, 0.05, 0.1)
     loop = "<think>A plan.</think><answer>" + "The same sentence stands here again. " * 30 + "</answer>"
     assert most.score(loop + "x", "think") <= most.score(loop, "think")
+
+
+@settings(deadline=None)  # the first call imports TRL
+@given(st.integers(1, 60), st.integers(1, 60), st.lists(st.integers(0, 80), max_size=9))
+def test_overlong_falls_evenly_over_the_last_tokens(cache, more, lengths):
+    limit = cache + more
+    found = OverlongReward(limit, cache)([""] * len(lengths), completion_ids=[range(n) for n in lengths])
+    assert found == pytest.approx([-min(1.0, max(0.0, (n - more) / cache)) for n in lengths])
+    assert OverlongReward(limit, cache)([""] * len(lengths)) == [None] * len(lengths), "a text without tokens is not judged"
+
+
+def test_overlong_is_built_where_it_weighs_something():
+    off = {"reward.weights.writing": 0.0, "reward.format.encoder": ""}
+    assert "overlong" not in build_rewards(load_recipe("nano", off))
+    on = off | {"reward.weights.overlong": 0.5, "reward.overlong.cache_tokens": 44}
+    assert build_rewards(load_recipe("nano", on))["overlong"] == OverlongReward(224, 44)
+    with pytest.raises(RewardError, match=r"cache_tokens = 2800 must be at most grpo.sampling.max_new_tokens = 224"):
+        build_rewards(load_recipe("nano", off | {"reward.weights.overlong": 0.5}))

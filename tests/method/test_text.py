@@ -2,6 +2,7 @@
 
 import random
 import time
+import timeit
 import unicodedata
 
 import pytest
@@ -10,7 +11,18 @@ from hypothesis import strategies as st
 
 from lwzlib.method import text
 from lwzlib.method.prompts import wrap
-from lwzlib.method.text import count_words, fold, has_han, parse, split_passages, split_words, whole_sentences
+from lwzlib.method.text import (
+    answer_language,
+    count_words,
+    fold,
+    has_han,
+    language_of,
+    normalise,
+    parse,
+    split_passages,
+    split_words,
+    whole_sentences,
+)
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 FORM = {"think": TAGS, "direct": TAGS[2:]}
@@ -85,6 +97,60 @@ def test_fold_shows_what_a_copy_hides(copy):
 def test_fold_keeps_different_texts_different(text):
     assert fold(text) != fold(text + "x")
     assert fold(fold(text)) == fold(text)
+
+
+@pytest.mark.parametrize(("text", "language"), [
+    ("Explain the Dao (道) in 300 words", "en"), ("春天", "zh"), ("写一篇关于 GPU 的文章", "zh"), ("", "en"), ("1984", "en"),
+    ("The 孔子 museum in 曲阜 is worth a whole day of any visitor's time", "en"), ("весна", "en")])
+def test_the_language_of_a_text_is_that_of_most_of_it(text, language):
+    assert language_of(text) == language
+
+
+@given(st.text(st.sampled_from("春天来了。 "), max_size=20), st.lists(st.sampled_from(["rain", "bread"]), max_size=20))
+def test_adding_words_of_a_language_never_turns_a_text_away_from_it(chinese, english):
+    text = chinese + " ".join(english)
+    if language_of(text) == "zh":
+        assert language_of(text + "雨") == "zh"
+    else:
+        assert language_of(text + " rain") == "en"
+
+
+@pytest.mark.parametrize(("request_text", "language"), [
+    ("帮我用英文写一封求职信", "en"), ("请用英语回答：什么是雨？", "en"), ("写一篇关于英语教学的文章", "zh"),
+    ("写一篇英文作文", "en"),
+    ("Write a poem in Chinese about rain.", "zh"), ("Write about teaching.", "en"), ("翻译成英文：下雨了", "en"),
+    ("Translate this English poem into Chinese", "zh"), ("Write about how physics is taught in Chinese schools.", "en"),
+    ("Write a report on trends in Chinese cinema, about 800 words.", "en"), ("写一篇关于英语演讲技巧的文章", "zh"),
+    ("Write an essay on China. The Chinese climbed in.", "en")])
+def test_an_answer_is_in_the_language_that_its_request_names(request_text, language):
+    assert answer_language(request_text) == language
+
+
+def test_normalising_breaks_long_runs_of_marks_only():
+    marks = "a" + "\u0301" * 40 + "\u0323" * 40
+    assert unicodedata.normalize("NFC", "é" * 100) == normalise("NFC", "e\u0301" * 100)
+    assert normalise("NFKD", marks).count("\u034f") == 2 and fold(marks) == "a"
+
+
+@given(st.text(st.characters() | st.sampled_from("\u0301\u0323\u05b0\u3099é가")))
+def test_fold_is_that_of_plain_normalisation(text):
+    assert fold(text) == fold(unicodedata.normalize("NFD", text))
+
+
+def test_folding_a_long_run_of_marks_takes_no_more_than_one_of_letters():
+    """39 s at 125,000 marks before; ratios, since seconds differ from machine to machine."""
+    half = 60_000
+    marks, letters = "a" + "\u0301" * half + "\u0323" * half, "é" * 2 * half
+    voiced = "a" + "\u0301\uff9e" * half  # letters that decompose to marks
+    seconds = [min(timeit.repeat(lambda text=text: fold(text), number=1, repeat=3)) for text in (marks, voiced, letters)]
+    assert max(seconds[:2]) < 5 * seconds[2]
+
+
+def test_only_two_characters_that_are_no_marks_decompose_to_them():
+    def hidden(character):
+        return not unicodedata.category(character).startswith("M") and unicodedata.combining(
+            unicodedata.normalize("NFKD", character)[0])
+    assert [c for c in map(chr, range(0x110000)) if hidden(c)] == ["\uff9e", "\uff9f"]
 
 
 def test_has_han_sees_one_character_among_many():

@@ -11,18 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from lwzlib.base import models, trainers
 from lwzlib.base.kit import TINY
 from lwzlib.base.models import load_model
 from lwzlib.base.recipe import load_recipe
-from lwzlib.base.rows import RunError
-from lwzlib.data.made import made_pairs
-from lwzlib.method import train_writing_rm
+from lwzlib.base.rows import RunError, write_rows
+from lwzlib.base.scoring import score_ids
+from lwzlib.method import pairs
 from lwzlib.method.pairs import data_card, load_pairs
 from lwzlib.method.text import count_words
-from lwzlib.method.train_writing_rm import quality
-from lwzlib.method.writing_rm import Scorer, bounded_ids, score_ids, token_ids
+from lwzlib.method.train_writing_rm import markdown, quality, wilson
+from lwzlib.method.writing_rm import Scorer, bounded_ids, token_ids
 from lwzlib.pipeline.stages import run_stage, stage_run
 
 WORDS = ["river", "lamp", "stone", "market", "bread", "window", "train", "garden", "harvest", "winter", "letter", "bridge"]
@@ -77,11 +78,11 @@ def scorer(smoke_rm):
 
 
 def test_training_leaves_pairs_card_rows_scores_and_quality(smoke_rm, smoke):
-    folder = smoke_rm / "writing-rm"
-    made = {part: load_pairs(str(folder / f"pairs_{part}.jsonl")) for part in ("train", "heldout")}
+    folder, files = smoke_rm / "writing-rm", smoke_rm / "pairs"
+    made = {part: load_pairs(str(files / f"pairs_{part}.jsonl")) for part in ("train", "heldout")}
     assert {p.kind for p in made["train"]} <= set(smoke.writing_rm.kinds) and len(made["train"]) > 10
     assert not {p.source for p in made["train"]} & {p.source for p in made["heldout"]}
-    assert (folder / "card.csv").read_text() == data_card(made).to_csv(index=False)
+    assert (files / "card.csv").read_text() == data_card(made).to_csv(index=False)
     steps = math.ceil(len(made["train"]) / smoke.writing_rm.batch_pairs)
     rows = _jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
@@ -96,7 +97,7 @@ def test_training_leaves_pairs_card_rows_scores_and_quality(smoke_rm, smoke):
 
 
 def test_training_pairs_are_balanced_in_length_and_no_held_out_pair_is_dropped(smoke_rm, smoke):
-    made = {part: load_pairs(str(smoke_rm / "writing-rm" / f"pairs_{part}.jsonl")) for part in ("train", "heldout")}
+    made = {part: load_pairs(str(smoke_rm / "pairs" / f"pairs_{part}.jsonl")) for part in ("train", "heldout")}
     longer = [count_words(p.chosen) - count_words(p.rejected) for p in made["train"]]
     assert sum(d > 0 for d in longer) == sum(d < 0 for d in longer) > 0
     counts, wanted = Counter(p.kind for p in made["heldout"]), smoke.writing_rm.heldout_pairs_per_kind
@@ -112,7 +113,7 @@ def test_a_finished_model_is_loaded_and_another_recipe_refused(smoke_rm, smoke, 
 
 
 def test_the_saved_model_gives_the_scores_that_were_reported(smoke_rm, scorer):
-    heldout = load_pairs(str(smoke_rm / "writing-rm" / "pairs_heldout.jsonl"))
+    heldout = load_pairs(str(smoke_rm / "pairs" / "pairs_heldout.jsonl"))
     reported = _jsonl(smoke_rm / "writing-rm" / "scores.jsonl")
     for side in ("chosen", "rejected"):
         again = scorer([(p.prompt, getattr(p, side)) for p in heldout], batch_tokens=3000)
@@ -138,22 +139,32 @@ def test_interrupted_training_goes_on_to_the_same_rows_and_scores(smoke, tmp_pat
             patch.setattr(trainers.Rows, name, stop)
             _trained(r, stopped.parent)
         status = json.loads((stopped / "status.json").read_text())
-        made.add((stopped / "pairs_train.jsonl").stat().st_mtime_ns)
+        made.add((stopped.parent / "pairs" / "pairs_train.jsonl").stat().st_mtime_ns)
         assert (status["state"], (stopped / "model").exists()) == ("interrupted", False)
     assert (status["checkpoint_step"], len(made)) == (4, 1), "from the checkpoint, with the pairs that were made once"
     _trained(r, stopped.parent)
     assert len(_comparable(whole)[0]) > 4
     assert _comparable(stopped) == _comparable(whole)
-    assert (stopped / "pairs_train.jsonl").read_text() == (whole / "pairs_train.jsonl").read_text()
+    first, second = ((folder.parent / "pairs" / "pairs_train.jsonl").read_text() for folder in (stopped, whole))
+    assert first == second
 
 
-def test_a_stop_between_the_two_files_of_pairs_makes_both_again(smoke, tmp_path):
+def test_a_stop_between_the_two_files_of_pairs_makes_both_again(tmp_path, monkeypatch):
     r = _recipe(tmp_path, _pair_rows(20))
-    run = stage_run("writing-rm", r, tmp_path, 0)
-    run.folder.mkdir(parents=True)
-    whole = train_writing_rm.pairs_of_run(r, run, made_pairs)
-    (run.folder / "pairs_heldout.jsonl").unlink()
-    assert train_writing_rm.pairs_of_run(r, run, made_pairs) == whole
+    run, calls = stage_run("pairs", r, tmp_path, 0), []
+
+    def stop_at_the_second(path, rows):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write_rows(path, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pairs, "write_rows", stop_at_the_second)
+        run_stage("pairs", r, tmp_path, 0)
+    assert not run.finished and [path.exists() for path in calls] == [True, False]
+    folder = run_stage("pairs", r, tmp_path, 0)
+    assert all(load_pairs(str(folder / file)) for file in pairs.PAIR_FILES)
 
 
 def test_it_learns_a_plain_preference_of_a_file_of_pairs(smoke, tmp_path):
@@ -161,7 +172,7 @@ def test_it_learns_a_plain_preference_of_a_file_of_pairs(smoke, tmp_path):
     found = json.loads((folder / "quality.json").read_text())
     assert found["accuracy"]["word"][0] > 0.8 and found["accuracy"]["all"][3] == 64
     assert found["margin"] > 0.5 and found["length_alone"] == 0.5
-    train_rows, heldout_rows = (_jsonl(folder / f"pairs_{part}.jsonl") for part in ("train", "heldout"))
+    train_rows, heldout_rows = (_jsonl(folder.parent / "pairs" / f"pairs_{part}.jsonl") for part in ("train", "heldout"))
     assert sorted(row["source"] for row in train_rows + heldout_rows) == sorted(row["source"] for row in _pair_rows(160))
     scorer = Scorer(folder / "model", "float32", "eager")
     asked = [("Write.", f"river {word} lamp stone.") for word in ("zigzag", "market", "zigzag zigzag")]
@@ -171,7 +182,7 @@ def test_it_learns_a_plain_preference_of_a_file_of_pairs(smoke, tmp_path):
 def test_the_loss_is_the_published_one(smoke, tmp_path):
     r = _recipe(tmp_path, _pair_rows(10), batch_pairs=99, length_balanced=False)
     folder = _trained(r, tmp_path / "run")
-    made = load_pairs(str(folder / "pairs_train.jsonl"))
+    made = load_pairs(str(folder.parent / "pairs" / "pairs_train.jsonl"))
     model, tokenizer = _new_head(0)
     asked = [[(p.prompt, getattr(p, side)) for p in made] for side in ("chosen", "rejected")]
     chosen, rejected = (np.array(_alone(model, token_ids(tokenizer, "chat", True, texts))) for texts in asked)
@@ -184,7 +195,7 @@ def test_the_loss_is_the_published_one(smoke, tmp_path):
 def test_a_lora_is_merged_into_the_model_that_is_saved(smoke, tmp_path):
     r = _recipe(tmp_path, _pair_rows(40), **{"lora.rank": 4, "learning_rate": 1e-2})
     folder = _trained(r, tmp_path / "run")
-    heldout = load_pairs(str(folder / "pairs_heldout.jsonl"))
+    heldout = load_pairs(str(folder.parent / "pairs" / "pairs_heldout.jsonl"))
     again = Scorer(folder / "model", "float32", "sdpa")([(p.prompt, p.chosen) for p in heldout])
     np.testing.assert_allclose(again, [row["chosen"] for row in _jsonl(folder / "scores.jsonl")], atol=1e-5)
     base, _ = _new_head(0)
@@ -217,7 +228,8 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(smoke, tmp_path):
         row["rejected"] = row["rejected"].replace(".", " stone stone stone.")
         row["chosen"] = row["chosen"].replace(".", " stone stone stone" * 20 + ".")
     folder = _trained(_recipe(tmp_path, rows, max_tokens=200, length_balanced=False), tmp_path / "run")
-    train_rows, status = _jsonl(folder / "pairs_train.jsonl"), json.loads((folder / "status.json").read_text())
+    train_rows = _jsonl(folder.parent / "pairs" / "pairs_train.jsonl")
+    status = json.loads((folder / "status.json").read_text())
     long = sum(len(row["chosen"]) > 200 for row in train_rows)
     assert 0 < long < len(train_rows) == status["pairs"]
     assert (status["pairs_too_long"], status["step"]) == (long, math.ceil((len(train_rows) - long) / 8))
@@ -231,7 +243,7 @@ def test_scores_in_batches_equal_scores_one_at_a_time(scorer, lengths, batch_tok
     ids += [list(each) for each in ids[:3]]  # some texts twice
     seen = scorer.model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape),
                                                   with_kwargs=True)
-    found = score_ids(scorer.model, scorer.tokenizer.pad_token_id, ids, batch_tokens)
+    found = score_ids(scorer.model, ids, batch_tokens)
     seen.remove()
     np.testing.assert_allclose(found, _alone(scorer.model, ids), atol=2e-5)
     assert found[len(lengths) :] == found[: len(found) - len(lengths)], "the same text gets the very same score"
@@ -279,7 +291,7 @@ def test_a_text_that_is_too_long_is_named_with_its_tokens_and_the_limit(scorer):
 
 def test_markdown_keeps_the_words():
     text = "One day it rained.\n\nThen it stopped."
-    marked = train_writing_rm.markdown(text)
+    marked = markdown(text)
     assert marked != text and marked.count("**") == 4
     assert marked.replace("*", "").replace("-", "").split() == text.split()
 
@@ -294,13 +306,16 @@ def _rows(margins, kind="k"):
     (8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)])
 def test_accuracy_has_wilsons_interval(wins, of, low, high):
     found = quality(_rows([1.0] * wins + [-1.0] * (of - wins)) + _rows([2.0], "other"))["accuracy"]
-    assert found["k"] == [wins / of, pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4), of]
-    assert found["other"][::3] == [1.0, 1] and found["all"][::3] == [(wins + 1) / (of + 1), of + 1]
+    assert found["k"] == [pytest.approx(wins / of), pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4), of]
+    assert found["other"][::3] == [1.0, 1] and found["all"][::3] == [pytest.approx((wins + 1) / (of + 1)), of + 1]
+    expected = binomtest(wins, of).proportion_ci(method="wilson")
+    assert wilson(wins / of, of) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_a_tie_is_no_win():
+def test_a_tie_is_half_a_win_in_every_measure():
     found = quality(_rows([0.0, 0.0, 1.0, 1.0]))
-    assert found["accuracy"]["all"][0] == 0.5
+    assert found["accuracy"]["all"][0] == found["accuracy"]["k"][0] == 0.75
+    assert sum(observed * n for _, observed, n in found["calibration"]) / 4 == 0.75
     assert found["margin"] == 0.5
 
 

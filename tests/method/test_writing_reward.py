@@ -15,20 +15,21 @@ import pytest
 from fake_rm_server import serving
 from typer.testing import CliRunner
 
-from lwzlib.base import recipe
+from lwzlib.base import recipe, scoring
 from lwzlib.base.recipe import RecipeError, load_recipe
 from lwzlib.base.rm_client import ScoringError
-from lwzlib.base.rows import RunError
+from lwzlib.base.rows import RunError, write_rows
+from lwzlib.base.scoring import score_ids, scores_together
 from lwzlib.cli.main import app
 from lwzlib.lab import hacks
-from lwzlib.method import rewards, writing_rm
+from lwzlib.method import grpo, rewards
 from lwzlib.method.advantage import fuse
 from lwzlib.method.prompts import wrap
 from lwzlib.method.queries import load_queries
-from lwzlib.method.rewards import WritingReward, build_rewards
+from lwzlib.method.rewards import RewardError, WritingReward, build_rewards
 from lwzlib.method.text import parse
-from lwzlib.method.writing_rm import Scorer, score_ids, scores_together
-from lwzlib.pipeline.stages import run_stage
+from lwzlib.method.writing_rm import Scorer, cut_to_fit
+from lwzlib.pipeline.stages import run_stage, stage_run
 
 QUERIES = ["Write about rain.", "Write about bread.", "写一写雨。"]
 COMPLETIONS = [wrap("A plan.", "The rain fell on the old town.", "think"), "<answer>Bread rises slowly",
@@ -54,7 +55,7 @@ def server(folder):
 
     def score(ids):
         with lock:
-            return score_ids(scorer.model, scorer.tokenizer.pad_token_id, [ids], 0)[0]
+            return score_ids(scorer.model, [ids], 0)[0]
 
     with serving(model=scorer.info["identity"], score=score) as started:
         yield started
@@ -112,6 +113,30 @@ def test_a_text_over_the_limit_is_named_with_the_quantity(reward):
         reward([COMPLETIONS[0], "<answer>" + "word " * 1000], style=["think"] * 2, query=QUERIES[:2])
 
 
+def test_in_training_a_text_over_the_limit_is_cut_and_counted(reward, folder):
+    """Its score is that of the longest beginning that the model reads, whatever came after."""
+    shares, long = [], "word " * 1000
+    asked = {"style": ["think"] * 2, "query": QUERIES[:2], "log_metric": lambda *logged: shares.append(logged)}
+    first, cut = reward([COMPLETIONS[0], f"<answer>{long}</answer>"], **asked)
+    assert first == pytest.approx(reward(COMPLETIONS[:1], style=["think"], query=QUERIES[:1])[0], abs=1e-5)
+    assert shares == [("cut_for_writing", 0.5)]
+    (_, fitting), = cut_to_fit(str(folder), [(QUERIES[1], long)])
+    assert f"{long} ".startswith(fitting) and 3000 < len(fitting) < len(long)
+    assert cut == pytest.approx(reward.of_answers([(QUERIES[1], fitting)])[0], abs=1e-5)
+    with pytest.raises(RunError, match=r"has 409[78] tokens"):
+        reward.of_answers([(QUERIES[1], long[: len(fitting) + 1])])
+
+
+def test_a_query_that_leaves_no_room_for_an_answer_is_refused_at_the_start(reward, smoke, smoke_rm, tmp_path):
+    reward.check(QUERIES)
+    rows = [{"id": str(i), "query": query, "word_range": [50, 70]} for i, query in enumerate([*QUERIES, "Why? " * 900])]
+    write_rows(tmp_path / "queries.jsonl", rows)
+    made = load_recipe("smoke", {"data.train": str(tmp_path / "queries.jsonl")})
+    run = stage_run("grpo", made, tmp_path / "run", 0, "base-think")
+    with pytest.raises(RewardError, match=r"the query 'Why\? .*' is longer than the Writing RM reads: .*max_tokens = 4096"):
+        grpo.trainer(made, run, "base-think", made.model.name, str(smoke_rm / "writing-rm" / "model"))
+
+
 def test_served_scores_equal_those_in_process(reward, folder, server):
     remote = WritingReward(str(folder), url=server.url, patience_s=30)
     texts = ["", *COMPLETIONS, *(f"<answer>Rain {'again ' * n}fell." for n in range(20))]
@@ -152,9 +177,11 @@ def test_importing_the_rewards_loads_no_http_client_and_no_torch():
 
 
 def test_build_without_a_writing_rm_says_what_to_do(smoke, tmp_path):
-    for r, asked in ((smoke, ""), (smoke, str(tmp_path)), (load_recipe("smoke", {"reward.writing.model": "/no/such"}), "")):
+    for asked in ("", str(tmp_path)):
         with pytest.raises(ValueError, match=r"reward\.weights\.writing.*lwz stage writing-rm.*reward\.writing\.model"):
-            build_rewards(r, asked)
+            build_rewards(smoke, asked)
+    with pytest.raises(ValueError, match=r"/no/such was not measured yet.*lwz stage judge"):
+        build_rewards(load_recipe("smoke", {"reward.writing.model": "/no/such"}))
     assert "writing" not in build_rewards(load_recipe("smoke", {"reward.weights.writing": 0.0}))
 
 
@@ -224,12 +251,14 @@ def test_an_arm_without_the_writing_reward_needs_no_writing_rm(arms, tmp_path):
         assert "length" in row and not {"writing", "format"} & set(row)
     assert not (tmp_path / "writing-rm").exists()
     asked = recipe.yaml.safe_load((tmp_path / "length-only" / "grpo" / "recipe.yaml").read_text())
-    assert asked["reward"]["weights"] == {"length": 1.0, "writing": 0.0, "format": 0.0}
+    assert asked["reward"]["weights"] == {
+        "length": 1.0, "writing": 0.0, "format": 0.0, "overlong": 0.0}
 
 
 def test_other_arms_keep_the_weights_of_the_recipe(arms):
     assert arms.for_arm("all-three") is arms
-    assert arms.for_arm("writing-double").reward.weights.model_dump() == {"length": 1.0, "writing": 2.0, "format": 1.0}
+    assert arms.for_arm("writing-double").reward.weights.model_dump() == {
+        "length": 1.0, "writing": 2.0, "format": 1.0, "overlong": 0.0}
     assert arms.reward.weights.writing == 1.0
 
 
@@ -283,19 +312,21 @@ def test_texts_of_all_processes_are_scored_in_as_many_passes_each(monkeypatch, p
         barrier.wait(10)
         return whole
 
-    def score(model, pad, ids, batch_tokens):
+    def score(model, ids, batch_tokens):
         passes[at.rank] += len(ids)
-        assert batch_tokens == 0 and len(set(ids)) == len(ids)
+        assert batch_tokens == 0 and len(set(ids)) == len(ids), "one text a pass"
         return [float(sum(each)) for each in ids]
 
     def process(rank):
         at.rank = rank
-        scored[rank] = scores_together(None, 0, texts[rank])
+        everything = scores_together(None, gather(rank, texts[rank]))
+        scored[rank] = [everything[tuple(text)] for text in texts[rank]]
 
     at = threading.local()
     monkeypatch.setattr("accelerate.utils.gather_object", lambda part: gather(at.rank, part))
     monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(num_processes=processes, process_index=at.rank))
-    monkeypatch.setattr(writing_rm, "score_ids", score)
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(scoring, "score_ids", score)
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(processes)]
     for thread in threads:
         thread.start()

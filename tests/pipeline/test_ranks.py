@@ -1,9 +1,7 @@
 """Two processes on this machine: they learn what one learns, end together, stop on a signal and go on; how nodes meet."""
 
-import importlib.util
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +17,6 @@ from lwzlib.base.processes import INTERRUPTED, Interrupted, Stop
 from lwzlib.base.recipe import RecipeError, load_recipe
 from lwzlib.base.rows import RunError
 from lwzlib.base.run_folder import Run
-from lwzlib.method import rewards
-from lwzlib.method.queries import load_queries
 from lwzlib.pipeline import launch, ranks
 from lwzlib.pipeline.stages import stage_run
 
@@ -39,35 +35,6 @@ def test_two_processes_learn_what_one_learns(alone, rowwise, tmp_path, capfd):
     assert {path.name for path in (run.folder / "logs").iterdir()} == {"rank-000.log", "rank-001.log"}
     assert capfd.readouterr().out.count("base-think/grpo  step 1/4") == 1  # of rank 0 alone
     assert trained(tmp_path, TWO).status == run.status
-
-
-needs_deepspeed = pytest.mark.skipif(
-    "LWZ_REQUIRE_DEEPSPEED" not in os.environ and not (importlib.util.find_spec("deepspeed") and shutil.which("g++")),
-    reason="needs deepspeed and a C++ compiler: `make zero`")
-
-
-@needs_deepspeed
-@pytest.mark.parametrize("zero", [2, 3])
-def test_zero_learns_what_one_process_learns(alone, rowwise, tmp_path, zero):
-    run = trained(tmp_path, TWO, [f"distributed.zero={zero}"])
-    same(run, alone)
-    shards = list((run.folder / "checkpoints" / run.status["checkpoint"]).rglob("zero_pp_rank_1*_optim_states.pt"))
-    assert shards, "rank 1 has no shard: DeepSpeed did not engage"
-
-
-@needs_deepspeed
-def test_zero_learns_with_a_judge_that_zero_trained(smoke, tmp_path):
-    """One process makes its pairs with a whole model; beside a sharded policy it is sharded, and says what it says whole."""
-    made = load_recipe("smoke", TWO, ["distributed.zero=3", "cold_start.queries=0", "writing_rm.batch_pairs=2", "grpo.steps=2",
-                                      "grpo.kept_completions_per_step=100"])
-    run = launch.launch("grpo", made, tmp_path, 0, ARM)
-    judge = stage_run("writing-rm", made, tmp_path, 0)
-    assert run.finished and judge.finished and len(judge.rows("scores")) == len(judge.rows("pairs_heldout"))
-    alone = rewards.WritingReward(str(judge.folder / "model"), made.model.dtype, made.model.attention)
-    rows, queries = run.rows("completions"), {q.id: q.query for q in load_queries(made.data.train, made.data.languages)}
-    expected = alone([row["completion"] for row in rows], ["think"] * len(rows), [queries[row["id"]] for row in rows])
-    assert len(rows) == 2 * made.grpo.group_size * made.grpo.queries_per_step and len(set(expected)) > 1
-    assert [row["writing"] for row in rows] == pytest.approx(expected, abs=1e-4)
 
 
 def family(run: Run) -> tuple[psutil.Process, list[psutil.Process]]:
@@ -127,9 +94,77 @@ def run_ranks(tmp_path, code: str, processes: int = 3):
     return at, subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=90)
 
 
+SHARED = """
+import torch
+from accelerate import PartialState
+from trl.trainer.utils import add_fused_lm_head
+from lwzlib.base.models import load_model
+from lwzlib.method.pretrain import perplexity
+from lwzlib.base.scoring import scores_together
+
+torch.manual_seed(0)
+PartialState(cpu=True)
+model, tokenizer = load_model("kit:tiny", "float32", "eager")
+scorer, _ = load_model("kit:tiny", "float32", "eager", scorer=True)
+add_fused_lm_head(model)
+passes = []
+model.model.register_forward_hook(lambda *_: passes.append("perplexity"))
+scorer.model.register_forward_hook(lambda *_: passes.append("score"))
+texts = ["one text of a few words", "a second", "and the third, longest of all of them", "4", "five"]
+print(perplexity(model, tokenizer, texts, 8, 200))
+print(sorted(scores_together(scorer, tokenizer(texts).input_ids).items()))
+print(passes.count("perplexity"), passes.count("score"))
+"""
+
+
+def test_ranks_share_what_they_measure(smoke, tmp_path):
+    """Two ranks agree with one, and each makes half of its passes over the held-out text."""
+    said = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        _, done = run_ranks(folder, SHARED, processes)
+        assert done.returncode == 0, ranks.tail(folder / "rank-000.log")
+        said[processes] = [(folder / f"rank-00{rank}.log").read_text().splitlines()[-3:] for rank in range(processes)]
+    (alone,), (first, second) = said.values()
+    assert first[:2] == second[:2] == alone[:2], "they measure the same"
+    every, ours = ([int(count) for count in lines[2].split()] for lines in (alone, first))
+    assert ours[0] == -(-every[0] // 2) > 2 and first[2] == second[2] and ours[1] == every[1] == 1
+
+
+ASKING = """
+import asyncio
+from accelerate import PartialState
+from lwzlib.base.awaited import from_main
+
+rank = PartialState(cpu=True).process_index
+
+async def ask(items):
+    assert rank == 0
+    if "bad" in items:
+        raise LookupError("no such judge")
+    return [item.upper() for item in items]
+
+own = {0: ["a"], 1: [], 2: ["b", "c"]}[rank]
+print(asyncio.run(from_main(ask, own)))
+try:
+    asyncio.run(from_main(ask, ["bad"] if rank == 1 else own))
+except (LookupError, RuntimeError) as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+"""
+
+
+def test_one_rank_asks_for_all_and_its_error_is_everyones(tmp_path):
+    _, done = run_ranks(tmp_path, ASKING)
+    assert done.returncode == 0, ranks.tail(tmp_path / "rank-000.log")
+    said = [(tmp_path / f"rank-00{rank}.log").read_text().splitlines() for rank in range(3)]
+    others = "RunError: in the main process, LookupError: no such judge"
+    assert said == [["['A']", "LookupError: no such judge"], ["[]", others], ["['B', 'C']", others]]
+
+
 def test_the_traceback_of_the_first_rank_that_fails_is_shown(smoke, tmp_path, monkeypatch):
     code = "import os, time\nif os.environ['RANK'] == '1':\n    raise ValueError('the second rank is broken')\ntime.sleep(600)"
-    monkeypatch.setattr(launch, "_command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(launch, "stage_command", lambda *_: [sys.executable, "-c", code])
     monkeypatch.setattr(launch, "needs", lambda *_: [])
     with pytest.raises(RunError, match=r"(?s)rank 1 of 2.*exit code 1.*Traceback.*ValueError: the second rank is broken"):
         trained(tmp_path, TWO)
@@ -145,9 +180,20 @@ def test_ranks_know_who_they_are_and_share_the_cores(tmp_path, monkeypatch):
         assert (tmp_path / f"rank-00{rank}.log").read_text() == f"{rank} {rank} 2 2 127.0.0.1 {at.port} {threads}\n"
 
 
+def test_of_stages_that_are_one_process_those_that_train_see_one_gpu(smoke, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(launch, "_do", lambda command, runs, world=None, env=None: seen.update({runs[0].folder.name: env}))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    made = load_recipe("smoke", TWO)
+    for stage in ("cold-start", "samples-before"):
+        launch.launch(stage, made, tmp_path, 0, ARM)
+    assert seen["cold-start"] == {"CUDA_VISIBLE_DEVICES": "4"} and seen["samples-before"] == {}
+    assert "CUDA_VISIBLE_DEVICES" not in seen["writing-rm"], "it is many"
+
+
 def test_ranks_that_stop_when_asked_did_not_fail(smoke, tmp_path, monkeypatch):
     code = f"from lwzlib.base.processes import end_rank; end_rank({INTERRUPTED})"
-    monkeypatch.setattr(launch, "_command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(launch, "stage_command", lambda *_: [sys.executable, "-c", code])
     with pytest.raises(Interrupted, match="the stage was asked to stop, and did after step 0"):
         trained(tmp_path, TWO)
 
@@ -162,23 +208,25 @@ def test_a_rank_that_does_not_end_is_killed(tmp_path):
 
 
 def meeting(numbers: tuple[int, ...], nodes: int, patience_s: float) -> tuple[list[str], str]:
-    """Names that were printed, and what went wrong, in tasks of `meet` with these numbers on this machine."""
+    """Lines that were printed, and what went wrong, in tasks of `meet` with these numbers on this machine."""
     port = ranks.world(load_recipe("smoke", TWO)).port
     command = [sys.executable, "-m", "lwzlib.pipeline.ranks", "127.0.0.1", str(port), str(nodes), str(patience_s)]
     tasks = [subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(number), "SLURMD_NODENAME": f"node{number}"},
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for number in numbers]
     said = [task.communicate(timeout=60) for task in tasks]
-    return "".join(out for out, _ in said).split(), "".join(error for _, error in said)
+    return "".join(out for out, _ in said).splitlines(), "".join(error for _, error in said)
 
 
 def test_nodes_meet_before_anything_is_started():
-    assert meeting((2, 1, 0), 3, 30) == (["node2", "node1", "node0"], "")
+    lines, error = meeting((2, 1, 0), 3, 30)
+    assert not error and set(lines) == {f"node{number} 127.0.0.1 lo" for number in range(3)}
 
 
 def test_a_node_that_cannot_be_reached_is_named_within_the_patience(program):
     names, error = meeting((1,), 2, 0.3)
     assert not names and re.search(r"node1 cannot reach the head node at 127.0.0.1:\d+ within 0.3 s", error)
-    program("srun", "import sys; print('node1\\nnode3'); sys.exit('node2 cannot reach the head node')")
+    program("srun", "import sys; print('node1 10.0.0.1 e\\nnode3 10.0.0.3 e'); "
+            "sys.exit('node2 cannot reach the head node')")
     with pytest.raises(RunError, match=r"(?s)of 3 nodes, node2 did not reach node1:6 within 50 s.*node2 cannot reach the head"):
         ranks.meet(ranks.World(["node1", "node2", "node3"], 8, 5, slurm=True))
 
@@ -210,9 +258,11 @@ def test_a_step_that_cannot_be_cut_over_the_processes_is_refused_before_anything
     ("distributed.nodes=2", "nodes = 2 needs launch: slurm"),
     ("distributed.processes=2", "launch: subprocess is one process"),
     ("launch=torchrun distributed.processes=2 distributed.zero=3", "cannot merge an adapter"),
+    ("launch=torchrun distributed.zero=3 grpo.lora.rank=0", "an adapter: give zero: 2, or writing_rm.lora.rank: 0"),
     ("launch=torchrun distributed.zero=2 distributed.offload=all", "needs a higher ZeRO stage"),
     ("launch=slurm distributed.nodes=2 vllm.mode=server", "vllm.nodes = 0 must be 1 to 1"),
     ("launch=slurm distributed.nodes=2 vllm.nodes=1", "0 elsewhere"),
+    ("launch=inline vllm.mode=colocate", "needs launch: subprocess, torchrun or slurm"),
     ("launch=torchrun distributed.processes=3 vllm.mode=colocate vllm.tensor_parallel=2", "must divide")])
 def test_a_placement_that_cannot_be_is_refused(overrides, reason):
     with pytest.raises(RecipeError, match=reason):

@@ -59,14 +59,15 @@ def world(code: str) -> subprocess.CompletedProcess:
 
 def test_ranks_know_who_they_are_and_see_every_gpu_of_their_node(slurm, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "VLLM_HOST_IP", "GLOO_SOCKET_IFNAME",
+             "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     shown = f"import os; print(os.uname().nodename, *[os.environ[name] for name in {names}])"
-    done = world(f"command, env = ranks.in_every_rank(at, [sys.executable, '-c', {shown!r}], Path({str(tmp_path)!r}))\n"
-                 "ranks.meet(at)\nsys.exit(subprocess.run(command, env=os.environ | env).returncode)")
+    done = world(f"command, env = ranks.in_every_rank(ranks.meet(at), [sys.executable, '-c', {shown!r}], "
+                 f"Path({str(tmp_path)!r}))\nsys.exit(subprocess.run(command, env=os.environ | env).returncode)")
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"rank-00{rank}.log").read_text() for rank in range(4)] == [
-        f"{node} {2 * number + local} {local} 4 2 node1 0,1 2\n" for number, node in enumerate(slurm_cluster.NODES)
-        for local in range(2)]
+        f"{node} {2 * number + local} {local} 4 2 {slurm.net}.11 {slurm.net}.{11 + number} eth0 0,1 2\n"
+        for number, node in enumerate(slurm_cluster.NODES) for local in range(2)]
 
 
 def test_a_node_that_cannot_be_reached_is_named(slurm):
@@ -79,6 +80,30 @@ def test_a_node_that_cannot_be_reached_is_named(slurm):
         slurm_cluster._ip(*way, "delete", "prohibit", f"{slurm.net}.11/32")
     assert "RunError: of 2 nodes, node2 did not reach node1:" in done.stderr, done.stderr
     assert "node2 cannot reach the head node at node1:" in done.stderr
+
+
+_VLLM = """
+import http.server, os, sys
+print("at", os.environ["VLLM_HOST_IP"], "through", os.environ["GLOO_SOCKET_IFNAME"], flush=True)
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port"))
+http.server.HTTPServer((host, int(port)), Health).serve_forever()
+"""
+
+
+def test_a_server_on_another_node_listens_where_the_others_reach_it(slurm, program, tmp_path):
+    """A program stands in vLLM's place."""
+    program("vllm", _VLLM)
+    done = world("import dataclasses; from lwzlib.base.recipe import load_recipe; from lwzlib.pipeline import vllm_servers\n"
+                 "at = ranks.meet(dataclasses.replace(at, hosts=at.hosts[:1], servers=at.hosts[1:]))\n"
+                 f"with vllm_servers.serve(load_recipe('paper', 'distributed.start_s=20'), at, Path({str(tmp_path)!r}), "
+                 "'m', 9):\n    pass")
+    assert done.returncode == 0, done.stderr
+    assert f"vLLM answers at http://{slurm.net}.12:" in done.stdout
+    assert (tmp_path / "vllm-trains-node2.log").read_text().startswith(f"at {slurm.net}.12 through eth0\n")
 
 
 def test_two_nodes_learn_what_one_process_learns(alone, rowwise, slurm, tmp_path):

@@ -1,6 +1,7 @@
 """What vLLM servers write for a stage: rounds, seeds, resuming, refusals. A program stands in vLLM's place; `test_vllm` has
 the real one."""
 
+import dataclasses
 import json
 
 import pytest
@@ -19,6 +20,8 @@ from lwzlib.method import samples
 from lwzlib.method.queries import load_queries
 from lwzlib.method.rewards import build_rewards
 from lwzlib.method.samples import framed_queries, scored
+from lwzlib.method.text import parse
+from lwzlib.method.writing_rm import bounded_ids, read_info
 from lwzlib.pipeline import ranks, served, vllm_servers
 from lwzlib.pipeline.stages import stage_run
 
@@ -36,6 +39,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         open({log!r}, "a").write(json.dumps(asked) + "\\n")
+        if self.path == "/pooling":
+            data = [{{"index": i, "data": [float(len(text))]}} for i, text in enumerate(asked["input"])]
+            return self.reply(200, {{"model": asked["model"], "data": data}})
         text = f"<think>a plan of some words</think><answer>draw {{asked['seed']}} of {{hash(asked['prompt']) % 1000}}</answer>"
         if {refuses!r} and {refuses!r} in asked["prompt"]:
             return self.reply(400, {{"error": "too long"}})
@@ -49,7 +55,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
     def log_message(self, *_):
         pass
-http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answers).serve_forever()
+host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port"))
+http.server.ThreadingHTTPServer((host, int(port)), Answers).serve_forever()
 '''
 
 
@@ -59,7 +66,10 @@ def vllm(tmp_path, monkeypatch, program):
     def put(refuses=""):
         program("vllm", _SERVER.format(log=str(tmp_path / "asked.jsonl"), refuses=refuses))
         at = ranks.world(load_recipe("smoke", "launch=torchrun"))
-        monkeypatch.setattr(vllm_servers, "everywhere", lambda _: ranks.World(["127.0.0.1"], 1, at.port, ["127.0.0.1", "n2"]))
+        reached_at = {"here": ("127.0.0.2", "lo"), "n2": ("10.0.0.2", "eth0")}
+        at = ranks.World(["here"], 1, at.port, ["here", "n2"], reached_at=reached_at)
+        monkeypatch.setattr(vllm_servers, "everywhere", lambda _: at)
+        monkeypatch.setattr(ranks, "meet", lambda at: at)
         return lambda: [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
     return put
 
@@ -70,15 +80,20 @@ def written(tmp_path, r, times=2):
     run.folder.mkdir(parents=True, exist_ok=True)
     queries = [q for q in load_queries(r.data.train, ["en"])[:2] for _ in range(times)]
     return run, scored(r, run, "completions", Policy(TINY), "", queries, "think", r.grpo.sampling, 3, ["</answer>"],
-                       served.write)
+                       served)
 
 
-def test_a_query_is_drawn_once_a_round_and_scored_in_order(vllm, tmp_path):
+def test_a_query_is_drawn_once_a_round_and_scored_in_order(vllm, tmp_path, monkeypatch):
     asked = vllm()
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # a cluster's proxy does not know its nodes
+    monkeypatch.delenv("NO_PROXY", raising=False)
     r = load_recipe("smoke", SERVED)
     _, rows = written(tmp_path, r)
     command, *requests = asked()
-    assert command[:2] == ["serve", models.resolve(TINY)] and command[-2:] == ["--generation-config", "vllm"]
+    assert command[:2] == ["serve", models.resolve(TINY)]
+    prompts = [len(load_tokenizer(TINY)(request["prompt"]).input_ids) for request in requests]
+    assert command[command.index("--max-model-len") + 1] == str(max(prompts) + r.grpo.sampling.max_new_tokens)
+    assert command[command.index("--generation-config") + 1] == "vllm"
     assert "--weight-transfer-config" not in command
     assert command[command.index("--data-parallel-size") + 1] == "2", "a copy on each node"
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[0]["query"] == rows[1]["query"] != rows[2]["query"]
@@ -99,6 +114,36 @@ def test_a_query_is_drawn_once_a_round_and_scored_in_order(vllm, tmp_path):
     tokenizer = load_tokenizer(TINY)
     prompts = framed_queries(r, load_queries(r.data.train, ["en"])[:2], "think", tokenizer)
     assert {request["prompt"] for request in requests} == set(prompts)
+
+
+def test_servers_of_the_writing_rm_score_what_was_written(vllm, smoke_rm, tmp_path):
+    """After the policy's servers have ended, vLLM serves the Writing RM on all nodes; nothing is scored in this process."""
+    asked, folder = vllm(), str(smoke_rm / "writing-rm" / "model")
+    r = load_recipe("smoke", SERVED, {"reward.weights.writing": 1.0, "reward.writing.model": folder})
+    _, rows = written(tmp_path, r)
+    info, commands = read_info(folder), [words for words in asked() if isinstance(words, list)]
+    assert [words[1] for words in commands] == [models.resolve(TINY), folder], "one after the other"
+    flags = dict(zip(commands[1][2::2], commands[1][3::2], strict=False))
+    assert (flags["--runner"], flags["--served-model-name"], flags["--max-model-len"]) == (
+        "pooling", info["identity"], str(info["max_tokens"]))
+    assert flags["--data-parallel-size"] == "2" and "--weight-transfer-config" not in flags
+    texts = [(row["query"], parse(row["completion"], "think").answer) for row in rows]
+    expected = [float(len(ids)) for ids in bounded_ids(load_tokenizer(folder), info, texts)]
+    assert [row["writing"] for row in rows] == expected
+    url = load_recipe("smoke", SERVED, {"reward.weights.writing": 1.0, "reward.writing.url": "http://mine:1"})
+    with served.judged(url, stage_run("distil", r, tmp_path, 0), folder) as judged:
+        assert judged is url, "a server that the recipe names is used"
+
+
+def test_servers_of_a_public_reward_model_get_its_weights(vllm, smoke_rm, tmp_path):
+    """The folder of the stage `judge` describes it, and holds none."""
+    asked, weights, folder = vllm(), str(smoke_rm / "writing-rm" / "model"), tmp_path / "judge"
+    folder.mkdir()
+    (folder / "writing_rm.json").write_text(json.dumps(read_info(weights) | {"model": weights, "identity": "public/rm"}))
+    made = load_recipe("smoke", SERVED, {"reward.weights.writing": 1.0, "reward.writing.model": str(folder)})
+    written(tmp_path, made)
+    commands = [words for words in asked() if isinstance(words, list)]
+    assert [words[1] for words in commands] == [models.resolve(TINY), weights] and "public/rm" in commands[1]
 
 
 def test_a_run_that_was_killed_while_scoring_starts_no_server_again(vllm, tmp_path, monkeypatch):
@@ -161,6 +206,7 @@ def test_all_nodes_of_an_allocation_write(monkeypatch):
     monkeypatch.setattr(ranks, "allocated", lambda: [f"n{i}" for i in range(1, 9)])
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     at = vllm_servers.everywhere(load_recipe("paper"))
+    at = dataclasses.replace(at, reached_at={"n1": ("10.0.0.1", "eth0")})
     assert at.servers == [f"n{i}" for i in range(1, 9)] and at.hosts == ["n1"] and at.slurm
-    first = vllm_servers.commands(load_recipe("paper"), at, "m", trains=False)[0]
+    first = vllm_servers.commands(load_recipe("paper"), at, "m", 15_000, trains=False)[0]
     assert first[first.index("--data-parallel-size") + 1] == "16"

@@ -16,7 +16,8 @@ _FORM = {"model", "data", "prompt", "cold_start"}
 _JUDGED = _FORM | {"writing_rm", "reward"}
 _PRETRAINED = _JUDGED | {"grpo", "cot", "corpus", "pretrain"}
 SECTIONS = {  # of nano, written out: a finished stage is loaded only where these are what they were
-    ("", "cold-start"): _FORM, ("", "writing-rm"): {"model", "data", "writing_rm"}, ("", "corpus"): {"model", "data", "corpus"},
+    ("", "cold-start"): _FORM, ("", "pairs"): {"model", "data", "writing_rm"},
+    ("", "writing-rm"): {"model", "data", "writing_rm"}, ("", "corpus"): {"model", "data", "corpus"},
     ("", "distil"): _JUDGED | {"grpo", "cot", "corpus"}, ("", "pack"): _PRETRAINED, ("", "pretrain"): _PRETRAINED,
     ("base-think", "samples-before"): _JUDGED | {"samples"}, ("base-think", "grpo"): _JUDGED | {"grpo"},
     ("base-think", "samples-during"): _JUDGED | {"grpo", "samples", "evaluation"},
@@ -89,8 +90,17 @@ def test_a_stage_is_done_with_the_artefacts_of_what_it_needs(name, tmp_path, mon
             monkeypatch.undo()
 
 
+@pytest.mark.parametrize(("asked", "served"), [
+    ("", False), ("launch=subprocess vllm.mode=colocate", True),
+    ("launch=slurm distributed.nodes=2 vllm.mode=server vllm.nodes=1", True)])
+def test_vllm_writes_for_every_stage_that_writes_where_the_recipe_has_it(asked, served, tmp_path):
+    recipe = load_recipe("smoke", asked)
+    run = stage_run("samples-before", recipe, tmp_path, 0, "base-think")
+    assert (Work(run, "base-think", {}).served is not None) == served
+
+
 def test_what_is_no_stage_is_refused(smoke, tmp_path):
-    with pytest.raises(RunError, match="no stage 'grop'; stages are cold-start, writing-rm"):
+    with pytest.raises(RunError, match="no stage 'grop'; stages are cold-start, pairs, writing-rm"):
         stage_run("grop", smoke, tmp_path, 0, "base-think")
     with pytest.raises(RunError, match="arm 'sft' has no stage 'grpo'; it has samples-before, sft, samples-after"):
         stage_run("grpo", smoke, tmp_path, 0, "sft")

@@ -1,8 +1,8 @@
 """Generate, judge and aggregate against a real OpenAI-compatible server: vLLM on CPU with the embedded model."""
 
-import dataclasses
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -13,14 +13,12 @@ from typer.testing import CliRunner
 from lwzlib.base.fast_cpu import computed_in
 from lwzlib.base.kit import SMOLLM2
 from lwzlib.base.models import load_tokenizer
+from lwzlib.base.policy import Policy
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import read_rows, write_rows
 from lwzlib.cli import main
-from lwzlib.data.tokenise import tokenise
 from lwzlib.evaluate import arena, longbench, writingbench
-from lwzlib.method.distil import distil
-from lwzlib.pipeline import ranks, served, vllm_servers
-from lwzlib.pipeline.stages import stage_run
+from lwzlib.pipeline.stages import STAGES, Work, stage_run
 
 pytestmark = vllm_cpu.needed
 PROMPTS = [("Write a 60-word paragraph about bread.", 60),
@@ -93,8 +91,8 @@ def test_arena_of_a_base_models_texts_and_a_baselines(lwz):
     assert judgments.winner.notna().any(), "at least one judgment is valid"
 
 
-def test_a_stage_is_written_by_servers_that_it_starts_and_stops(tmp_path, monkeypatch):
-    """`distil` as on a cluster, whose one node is this machine: the real command, prompts, draws and stops."""
+def test_a_stage_is_written_by_servers_that_it_starts_and_stops(tmp_path, monkeypatch, capsys):
+    """`distil` of a recipe that colocates vLLM for GRPO: the real command, prompts, draws and stops."""
     program = tmp_path / "bin" / "vllm"  # `vllm serve` of vllm-cpu looks for a package named vllm; the module does not
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nmodel=$2\nshift 2\nexec {vllm_cpu.make()} -m vllm.entrypoints.openai.api_server '
@@ -102,15 +100,13 @@ def test_a_stage_is_written_by_servers_that_it_starts_and_stops(tmp_path, monkey
     program.chmod(0o755)
     for name, value in {"PATH": f"{program.parent}:{os.environ['PATH']}", **vllm_cpu.SETTINGS}.items():
         monkeypatch.setenv(name, value)
-    here = ranks.world(load_recipe("smoke", "launch=torchrun"))
-    at = dataclasses.replace(here, processes=1, servers=here.hosts)
-    monkeypatch.setattr(vllm_servers, "everywhere", lambda _: at)
     r = load_recipe("smoke", [f"model.name={SMOLLM2}", f"model.dtype={computed_in('bfloat16')}", "reward.weights.writing=0.0",
                               "cold_start.queries=0", "cot.exact_only=false", "grpo.sampling.max_new_tokens=60",
-                              "launch=slurm", "distributed.nodes=2", "distributed.start_s=300", "vllm.mode=server",
-                              "vllm.nodes=1"])
+                              "launch=subprocess", "distributed.start_s=800", "vllm.mode=colocate"])
     run = stage_run("distil", r, tmp_path, 0)
-    distil(r, run, SMOLLM2, "", tokenise, served.write)
+    with monkeypatch.context() as no_transformers:
+        no_transformers.setattr(Policy, "load", None)
+        STAGES["distil"].does(r, run, *STAGES["distil"].gets(Work(run, "", {"grpo": Path(SMOLLM2)})))
     rows = run.rows("completions")
     assert run.finished and len(rows) == 4 and len(run.rows("documents")) == 2
     assert rows[0]["id"] == rows[1]["id"] and rows[0]["completion"] != rows[1]["completion"], "two draws of a query"
@@ -119,5 +115,6 @@ def test_a_stage_is_written_by_servers_that_it_starts_and_stops(tmp_path, monkey
         tokens = len(tokenizer(row["completion"], add_special_tokens=False).input_ids)
         assert row["truncated"] == (tokens >= 59 and not row["completion"].endswith("</answer>")), row
         assert "<|im_" not in row["completion"]
-    with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", at.port + 3), 2):
+    port = int(re.search(r"vLLM answers at http://127.0.0.1:(\d+), 1 nodes", capsys.readouterr().out)[1])
+    with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", port), 2):
         pass  # it was stopped
