@@ -1,7 +1,8 @@
 """Faster CPU decoding from the same distribution, by skipping two redundant operations per token.
 
-- oneDNN wants a bfloat16 weight in an order of its own, and reorders it at every call. Here each weight is reordered once
-  before a generation; the logits are the same to the last bit.
+- oneDNN wants a weight in an order of its own, and reorders a bfloat16 one at every call; a float32 one goes to a library that
+  is slow on few rows. Here each weight is reordered once before a generation. Logits are the same to the last bit in bfloat16,
+  and but for the order of summation in float32.
 - `torch.multinomial` draws one sample with an exponential random number for each of the 49,152 tokens of a vocabulary. It draws
   samples with replacement along the cumulative sum: 24 times faster, from the same distribution.
 
@@ -55,12 +56,11 @@ def faster(model):
 
 
 def _packed(model) -> dict:
-    """Linear layers with whole bfloat16 weights, each with its faster forward pass; none where this CPU has no such product."""
-    if not _has_bfloat16():
-        return {}
+    """Linear layers with whole weights that this CPU multiplies, each with its faster forward pass."""
+    dtypes = [torch.float32] * torch.backends.mkldnn.is_available() + [torch.bfloat16] * _has_bfloat16()
     return {layer: partial(_linear, layer, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()))
             for layer in model.modules() if type(layer) is torch.nn.Linear and "forward" not in layer.__dict__
-            and layer.weight.dtype == torch.bfloat16 and layer.weight.shape == (layer.out_features, layer.in_features)}
+            and layer.weight.dtype in dtypes and layer.weight.shape == (layer.out_features, layer.in_features)}
 
 
 def _linear(layer, packed, x):

@@ -125,6 +125,18 @@ def test_gradients_flow_inside_the_block():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_float32_logits_are_the_same_but_for_the_order_of_summation():
+    model, tokenizer = loaded("float32", SMOLLM2)
+    texts = tokenised(tokenizer)
+    for policy in (model, get_peft_model(model, ADAPTER)):
+        with torch.no_grad():
+            before = policy(**texts).logits
+            with fast_cpu.faster(policy):
+                layers = [layer for layer in policy.modules() if "forward" in layer.__dict__]
+                after = policy(**texts).logits
+        assert len(layers) > 14 and (before - after).abs().max() < 1e-4 * before.abs().max()
+
+
 def test_layers_that_another_library_wraps_and_shards_are_left_alone():
     model, _ = loaded()
     wrapped, sharded = model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj
