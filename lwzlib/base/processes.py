@@ -1,5 +1,7 @@
 """Signals and processes: how a stage is asked to stop, and how it ends with its parent."""
 
+import ctypes.util
+import functools
 import os
 import signal
 import sys
@@ -18,6 +20,12 @@ class Interrupted(RunError):
 def main_process() -> bool:
     """Whether this process writes, of those that train together. True where there is but one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@functools.cache
+def tcmalloc() -> str:
+    """Name under which the loader finds tcmalloc, an allocator that processes which hold a model start with; "" without it."""
+    return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc") or ""
 
 
 def end_with_parent() -> None:

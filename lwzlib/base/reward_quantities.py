@@ -11,6 +11,14 @@ class LengthQuantities(Section):
     """Quantities of the length reward."""
 
     max_words: Positive  # `max` in the formula of the reward
+    max_ratio: Annotated[float, Field(ge=0)]  # `max` as a multiple of the upper bound of each request; 0 = max_words for all
+
+    @model_validator(mode="after")
+    def _above_the_range(self):
+        if 0 < self.max_ratio <= 1:
+            raise ValueError(f"reward.length.max_ratio = {self.max_ratio} must be above 1, or 0 for max_words: a text at the "
+                             "upper bound has the right length")
+        return self
 
 
 class WritingQuantities(Section):

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lwzlib.base.kit import PARTS, cache, is_prepared
 from lwzlib.base.paths import TEXTS
+from lwzlib.base.processes import tcmalloc
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import read_yaml
 from lwzlib.cli.options import Overrides, out, say
@@ -55,6 +56,8 @@ def _place(part: str) -> str:
     """Place of a part, or its version; empty if it is missing."""
     if part in PARTS:
         return str(cache()) if is_prepared(part) else ""
+    if part == "tcmalloc":
+        return tcmalloc()
     if part in _PROGRAMS:
         return shutil.which(_PROGRAMS[part]) or ""
     try:

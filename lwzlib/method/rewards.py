@@ -1,7 +1,7 @@
 """The paper's three rewards and an option, as picklable callables with TRL's signature; each is finite for every text.
 
 Length, in [0, 1] (published): 1 inside [lower, upper]; words / lower below; (max - words) / (max - upper) above. Not published:
-`max` (here `reward.length.max_words`) and a floor (here 0).
+`max` (here `reward.length.max_words`, or `max_ratio` times the upper bound of each request) and a floor (here 0).
 
 Writing, any real number (published): a Bradley-Terry model's score of query and answer (`writing_rm`, `train_writing_rm`).
 
@@ -50,17 +50,19 @@ class LengthReward:
     """
 
     max_words: int
+    max_ratio: float = 0.0
     __name__ = "length"
 
     def score(self, words: int, word_range: tuple[int, int]) -> float:
-        """Reward in [0, 1] by the module's formula. Raises RewardError unless 0 <= lower <= upper < `max_words`."""
+        """Reward in [0, 1] by the module's formula. Raises RewardError unless 0 <= lower <= upper < `max`."""
         lower, upper = word_range
-        if not 0 <= lower <= upper < self.max_words:
-            raise RewardError(f"word range [{lower}, {upper}] must satisfy 0 <= lower <= upper < "
-                             f"reward.length.max_words = {self.max_words}")
+        most = self.max_ratio * upper if self.max_ratio else self.max_words
+        if not 0 <= lower <= upper < most:
+            raise RewardError(f"word range [{lower}, {upper}] must satisfy 0 <= lower <= upper < " + (
+                f"reward.length.max_ratio * upper = {most:g}" if self.max_ratio else f"reward.length.max_words = {most}"))
         if words < lower:
             return words / lower
-        return 1.0 if words <= upper else max(0.0, (self.max_words - words) / (self.max_words - upper))
+        return 1.0 if words <= upper else max(0.0, (most - words) / (most - upper))
 
     def __call__(self, completions, word_range, style, prompts=None, **_) -> list[float]:
         """TRL's call: one reward per completion, for the words of its answer. Raises RewardError as `score` does."""
@@ -206,7 +208,7 @@ def build_rewards(recipe: Recipe, writing_rm: str | Callable = "") -> dict:
         raise RewardError(f"reward.overlong.cache_tokens = {cache} must be at most grpo.sampling.max_new_tokens = {longest}: "
                           "with more, every completion is punished")
     rewards = {
-        "length": LengthReward(reward.length.max_words),
+        "length": LengthReward(reward.length.max_words, reward.length.max_ratio),
         "writing": writing_rm if callable(writing_rm) else WritingReward(
             folder, recipe.model.dtype, recipe.model.attention, reward.writing.url, reward.writing.patience_s),
         "format": FormatReward(**reward.format.model_dump() | {"encoder_languages": tuple(reward.format.encoder_languages)}),

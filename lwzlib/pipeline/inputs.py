@@ -28,15 +28,16 @@ def inputs_of(recipe: Recipe, sections: tuple[str, ...]) -> dict:
 
 def queries_of_recipe(recipe: Recipe) -> list[Query]:
     """The training queries of a recipe, then the held-out ones. Raises DataError where they do not fit its settings."""
-    data, step, max_words = recipe.data, recipe.grpo.queries_per_step, recipe.reward.length.max_words
+    data, step, length = recipe.data, recipe.grpo.queries_per_step, recipe.reward.length
+    limited = recipe.reward.weights.length > 0 and not length.max_ratio
     train, heldout = load_queries(data.train, data.languages), load_queries(data.heldout, data.languages)
     if len(train) < step and any(arm.algorithm == "grpo" for arm in recipe.arms.values()):
         raise DataError(f"{data.train} has {len(train)} queries, and a step takes grpo.queries_per_step = {step}")
     for source, queries in ((data.train, train), (data.heldout, heldout)):
         for query in queries:
-            if recipe.reward.weights.length and query.word_range[1] >= max_words:
+            if limited and query.word_range[1] >= length.max_words:
                 raise DataError(f"{source}, query {query.id!r}: word_range {list(query.word_range)} must end below "
-                                f"reward.length.max_words = {max_words}")
+                                f"reward.length.max_words = {length.max_words}")
     trained_on = {query.query: query.id for query in train}
     for query in heldout:
         if query.query in trained_on:

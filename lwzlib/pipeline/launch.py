@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from lwzlib.base.processes import INTERRUPTED, Interrupted
+from lwzlib.base.processes import INTERRUPTED, Interrupted, tcmalloc
 from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError, write_atomic
 from lwzlib.base.run_folder import Run
@@ -26,7 +26,8 @@ from lwzlib.pipeline import ranks, vllm_servers
 from lwzlib.pipeline.stages import STAGES, Work, arm_stages, needs, run_stage, stage_run
 
 _QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-# glibc gives large blocks back to the system at once; every decoding step on a CPU then asks for them anew.
+# glibc gives large blocks back to the system at once; every decoding step on a CPU then asks for them anew. tcmalloc keeps them,
+# and keeps fewer (`benchmarks/allocators.md`).
 _KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 _GPU_DRIVER = Path("/dev/nvidiactl")  # torch, which knows too, takes seconds to load
 _POLL_S = 0.05
@@ -35,7 +36,15 @@ _POLL_S = 0.05
 def of_processes() -> dict[str, str]:
     """Environment of processes that hold a model. OpenMP threads spin while they wait: a short while is enough, and leaves the
     cores to others. Without a GPU they keep the memory that they free; beside one, others need it: offloaded weights, say."""
-    return {"GOMP_SPINCOUNT": "10000"} | ({} if _GPU_DRIVER.exists() else _KEEPS_MEMORY)
+    if _GPU_DRIVER.exists():
+        return {"GOMP_SPINCOUNT": "10000"}
+    return {"GOMP_SPINCOUNT": "10000"} | (preloading(allocator) if (allocator := tcmalloc()) else _KEEPS_MEMORY)
+
+
+def preloading(library: str) -> dict[str, str]:
+    """Environment of processes that load the library before any other, and then what this one was told to."""
+    others = [other for other in os.environ.get("LD_PRELOAD", "").split(":") if other not in ("", library)]
+    return {"LD_PRELOAD": ":".join([library, *others])}
 
 
 def launch(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Run:

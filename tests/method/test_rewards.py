@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lwzlib.base.recipe import load_recipe
+from lwzlib.base.recipe import RecipeError, load_recipe
 from lwzlib.method.prompts import WORKED_EXAMPLES, wrap
 from lwzlib.method.rewards import FormatReward, LengthReward, OverlongReward, RewardError, build_rewards
 from lwzlib.method.text import parse
@@ -46,6 +46,17 @@ def test_length_rises_to_the_range_and_falls_after_it(word_range, one, other):
 def test_length_refuses_a_range_that_does_not_fit_and_names_it(word_range):
     with pytest.raises(ValueError, match=rf"\[{word_range[0]}, {word_range[1]}\].*max_words = 200"):
         LengthReward(200).score(10, word_range)
+
+
+@given(RANGES.filter(any), st.integers(0, 1200), st.sampled_from([1.5, 2.0, 3.0]))
+def test_a_ratio_is_the_formula_with_a_max_of_each_request(word_range, words, ratio):
+    most = ratio * word_range[1]
+    assert LengthReward(1, ratio).score(words, word_range) == LengthReward(most).score(words, word_range)
+
+
+def test_a_ratio_at_which_the_upper_bound_is_too_long_is_refused():
+    with pytest.raises(RecipeError, match=r"reward.length.max_ratio = 1.0 must be above 1, or 0 for max_words"):
+        load_recipe("nano", "reward.length.max_ratio=1.0")
 
 
 def test_length_counts_the_answer_only():

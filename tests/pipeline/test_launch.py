@@ -1,8 +1,13 @@
 """Which processes are started for which stages, and with what in their environment."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from smoke_runs import ARM
 
+from lwzlib.base.processes import tcmalloc
 from lwzlib.base.recipe import load_recipe
 from lwzlib.pipeline import launch
 from lwzlib.pipeline.stages import places
@@ -39,7 +44,24 @@ def test_stages_share_a_process_unless_vllm_is_colocated(smoke, tmp_path, starte
 
 def test_memory_is_kept_only_where_no_gpu_is(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_GPU_DRIVER", tmp_path / "nvidiactl")
+    monkeypatch.setattr(launch, "tcmalloc", lambda: "")
     assert {name for name in launch.of_processes() if name.startswith("MALLOC_")} == {
         "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"}
+    monkeypatch.setattr(launch, "tcmalloc", lambda: "libtcmalloc_minimal.so.4")
+    assert launch.of_processes() == {"GOMP_SPINCOUNT": "10000", "LD_PRELOAD": "libtcmalloc_minimal.so.4"}
     (tmp_path / "nvidiactl").touch()
     assert launch.of_processes() == {"GOMP_SPINCOUNT": "10000"}
+
+
+def test_what_was_preloaded_stays_so_and_nothing_is_preloaded_twice(monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "mine.so")
+    once = launch.preloading("libtcmalloc_minimal.so.4")
+    monkeypatch.setenv("LD_PRELOAD", once["LD_PRELOAD"])
+    assert once == launch.preloading("libtcmalloc_minimal.so.4") == {"LD_PRELOAD": "libtcmalloc_minimal.so.4:mine.so"}
+
+
+@pytest.mark.skipif(not tcmalloc(), reason="needs tcmalloc: apt-get install libtcmalloc-minimal4")
+def test_a_stage_starts_with_the_allocator_that_is_there():
+    seen = subprocess.run([sys.executable, "-c", "print(open('/proc/self/maps').read())"], capture_output=True, text=True,
+                          env=os.environ | launch.preloading(tcmalloc()), check=True)
+    assert tcmalloc().split(".so")[0] in seen.stdout and not seen.stderr
