@@ -26,8 +26,8 @@ from lwzlib.pipeline import ranks, vllm_servers
 from lwzlib.pipeline.stages import STAGES, Work, arm_stages, needs, run_stage, stage_run
 
 _QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-# glibc gives large blocks back to the system at once; every decoding step on a CPU then asks for them anew. tcmalloc keeps them,
-# and keeps fewer (`benchmarks/allocators.md`).
+# glibc gives large blocks back to the system at once; every decoding step on a CPU then asks for them anew. tcmalloc keeps
+# them, and needs fewer.
 _KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 _GPU_DRIVER = Path("/dev/nvidiactl")  # torch, which knows too, takes seconds to load
 _POLL_S = 0.05
