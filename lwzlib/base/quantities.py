@@ -51,16 +51,6 @@ class Prompt(Section):
     worked_examples: Annotated[int, Field(ge=0, le=2)]
 
 
-class ColdStart(Section):
-    """The stage `cold-start`, not in the paper: one epoch teaches the form to models that do not emit it when asked."""
-
-    queries: Count  # Number of queries, each with one think and one direct-answer document; 0 turns the stage off
-    learning_rate: Rate
-    batch_documents: Positive
-    max_new_tokens: Positive
-    temperature: Temperature
-
-
 class Lora(Section):
     """Adapter of `writing_rm`, `grpo` or `sft`; it is merged into the model at the end."""
 
@@ -69,9 +59,24 @@ class Lora(Section):
     targets: list[str] | Literal["all-linear"]  # Names of the modules that get an adapter
 
 
+class ColdStart(Section):
+    """The stage `cold-start`, not in the paper: it teaches the form to models that do not emit it when asked."""
+
+    seed: int | None  # Seed of its own, with which it is one model for all seeds of a run; null = the run's
+    queries: Count  # Number of queries, each with one think and one direct-answer document; 0 turns the stage off
+    within_range: bool  # Whether an answer is left out whose length is not what its query asks for
+    epochs: Positive
+    learning_rate: Rate
+    lora: Lora
+    batch_documents: Positive
+    max_new_tokens: Positive
+    temperature: Temperature
+
+
 class WritingRM(Section):
     """Training of the Writing RM, a stage before the arms."""
 
+    seed: int | None  # Seed of its own, with which it is one judge for all seeds of a run; null = the run's
     model: str
     pairs: str  # Source of preference pairs: `made` by the kit, a .jsonl file, or `hub:<dataset>`
     corpora: list[str]  # Sources of human passages, for pairs that are `made`

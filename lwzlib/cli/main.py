@@ -44,13 +44,13 @@ for commands in (evaluation, exhibits, jobs, rewards, doctor, check, push, write
 @app.command()
 def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None, seeds: Seeds = "",
         share: Annotated[str, typer.Option(
-            help="With --seeds: stages that the first seed does for all. No seed changes corpus. With writing-rm or cold-start "
-                 "too, the interval over seeds does not cover what another one would change. Empty: none.")] = "corpus"):
+            help="With --seeds: stages that the first seed does for all, beside those that no seed changes. With writing-rm or "
+                 "cold-start the interval over seeds does not cover what another one would change.")] = ""):
     """Execute the notebooks of a recipe in order, into its run folder; running it again continues."""
     loaded, folder = recipe_and_folder(recipe, sets, seed, run_dir)
     if seed and seeds:
         raise typer.BadParameter(f"give --seed {seed} or --seeds {seeds}, not both")
-    if share != "corpus" and not seeds:
+    if share and not seeds:
         raise typer.BadParameter(f"--share {share} needs --seeds")
     with resumable():
         if seeds:

@@ -1,9 +1,9 @@
 """`lwz run --seeds`: the same recipe with several seeds, a run folder each, and a table over them.
 
-What another seed would not change is done once, by the first of them; the others link to it. Of the stages that need no arm a
-person may share more, each with what it needs: then all seeds start from the same cold start, or are paid by the same Writing
-RM, and the interval over seeds covers only what still differs. Each stage that builds on such a one says so, in its
-fingerprint and in its rows.
+What another seed would not change is done once, by the first of them; the others link to it: the corpus, and what has a seed
+of its own in the recipe (`cold_start.seed`, `writing_rm.seed`). Of the other stages that need no arm a person may share more,
+each with what it needs; each stage that builds on such a one says so, in its fingerprint and in its rows. However a stage came
+to be shared, the interval over seeds covers only what still differs.
 """
 
 import os
@@ -14,7 +14,7 @@ from lwzlib.base.recipe import Recipe
 from lwzlib.base.rows import RunError, write_atomic
 from lwzlib.pipeline.launch import launch
 from lwzlib.pipeline.notebooks import run_notebooks, stages_of
-from lwzlib.pipeline.stages import STAGES, of_seed, places
+from lwzlib.pipeline.stages import STAGES, of_seed, places, varies
 
 
 def _with_needs(stage: str) -> set[str]:
@@ -31,7 +31,8 @@ def run_seeds(recipe: Recipe, stem: Path, seeds: list[int], share: list[str], so
     is executed, if a folder holds another run, or one that shares other stages."""
     if unknown := [name for name in share if name not in SHAREABLE]:
         raise RunError(f"--share {unknown[0]}: seeds can share {', '.join(SHAREABLE)}")
-    share = [name for name in SHAREABLE if any(name in _with_needs(wanted) for wanted in share)]
+    fixed = {name for name in SHAREABLE if not any(varies(needed, recipe) for needed in _with_needs(name))}
+    share = [name for name in SHAREABLE if name in fixed or any(name in _with_needs(wanted) for wanted in share)]
     folders = {seed: of_seed(stem, seed) for seed in seeds}
     for seed, folder in folders.items():
         _check_shared(recipe, folder, share, seed == seeds[0])
@@ -48,7 +49,7 @@ def run_seeds(recipe: Recipe, stem: Path, seeds: list[int], share: list[str], so
         except Exception as error:  # whatever it is, hours of other seeds must not wait for it: a kernel may die, say
             failed[seed] = f"{type(error).__name__}: {error}".strip()
             print(f"seed {seed} failed; the others go on:\n{failed[seed]}", flush=True)
-    path = _show(list(folders.values()), stem, share)
+    path = _show(list(folders.values()), stem, [stage for stage in share if STAGES[stage].seeded])
     if failed:
         raise RunError(f"{len(failed)} of {len(seeds)} seeds failed, and the same command goes on with them: " + "; ".join(
             f"seed {seed}: {said.splitlines()[-1]}" for seed, said in failed.items()))
@@ -59,7 +60,7 @@ def _check_shared(recipe: Recipe, folder: Path, share: list[str], first: bool) -
     """Raise RunError where a folder shares what is not to be shared, or has done itself what is."""
     for arm, stage in places(recipe):
         place = folder / arm / stage
-        if not STAGES[stage].seeded:
+        if not varies(stage, recipe):
             continue
         if place.is_symlink() and stage not in share:
             raise RunError(f"{place} is shared with {place.resolve()}: give --share {stage} too, or another --run-dir")
@@ -101,7 +102,7 @@ def _show(folders: list[Path], stem: Path, share: list[str]) -> Path:
                  for name, form in (("before", ".2f"), ("after", ".2f"), ("change", "+.2f"))]
         shown.add_row(row["arm"], row["reward"], *cells, row["seeds"])
     Console().print(shown)
-    if seeded := [stage for stage in share if STAGES[stage].seeded]:
-        print(f"{', '.join(seeded)} of the first seed for all: the intervals cover what comes after, not another {seeded[0]}")
+    if share:
+        print(f"{', '.join(share)} is one for all seeds: the intervals cover what comes after, not another {share[0]}")
     print(f"{path}: {len(table)} rows")
     return path

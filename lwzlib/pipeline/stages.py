@@ -1,9 +1,8 @@
 """The stages of a run, as one table: what each needs, which sections of the recipe it reads, whose it is, and what does it.
 
 Order, fingerprints, `lwz status`, launching and resuming follow from the rows. To add a stage: a function (recipe, run, ...)
-that works inside `with run.work():` and returns its model or folder; its row in `STAGES`, named in another row's `needs` or in
-`arm_stages`; its quantities, a section of the recipe (`base/quantities.py`, `Recipe`, `recipes/paper.yaml`); the files it
-reads, in `pipeline/inputs.py`.
+that works in `run.work()` and returns its model or folder; its row in `STAGES`, named in another's `needs` or in `arm_stages`;
+its quantities, a section of the recipe (`base/quantities.py`, `recipes/paper.yaml`); files it reads (`pipeline/inputs.py`).
 
 Published is the order of the method: continual pretraining on packed text with chain-of-thought documents that an arm wrote,
 then GRPO against a trained Writing RM, and SFT as the baseline. The cold start and the samples of an arm are the kit's own.
@@ -66,7 +65,8 @@ class Stage(NamedTuple):
     `does` is called with the recipe, the Run and what `gets` adds. `needs`: stages that come before, in this order; START and
     TRAINED depend on the arm, TEACHER on `cot.arm`. `reads`: sections of the recipe, beside those of the needs. `own_if`: an
     arm that changes one of these sections has the stage to itself, the others share one; None: each arm has its own.
-    `spreads`: it runs in as many processes as the recipe has. `seeded`: another seed gives another result.
+    `spreads`: it runs in as many processes as the recipe has. `seeded`: another seed gives another result. `own_seed`: the
+    section whose `seed`, unless null, is the stage's.
     """
 
     does: Callable[..., Path]
@@ -76,6 +76,7 @@ class Stage(NamedTuple):
     own_if: tuple[str, ...] | None = None
     spreads: bool = False
     seeded: bool = True
+    own_seed: str = ""
 
 
 def _later(name: str) -> Callable:
@@ -103,16 +104,16 @@ _JUDGED = ("writing-rm", "judge")  # one of them, or neither: what the recipe's 
 _FORM = ("model", "data", "prompt", "cold_start")
 STAGES = {
     "cold-start": Stage(
-        _later("method.cold_start.cold_start"), reads=_FORM, own_if=_FORM),
+        _later("method.cold_start.cold_start"), reads=_FORM, own_if=_FORM, own_seed="cold_start"),
     "pairs": Stage(
         _later("method.pairs.prepare_pairs"), lambda work: (_later("data.made.made_pairs"),),
-        reads=("model", "data", "writing_rm"), own_if=("writing_rm",)),
+        reads=("model", "data", "writing_rm"), own_if=("writing_rm",), own_seed="writing_rm"),
     "writing-rm": Stage(
         _later("method.train_writing_rm.train_rm"), lambda work: (work.needed["pairs"],),
-        needs=("pairs",), own_if=("writing_rm",), spreads=True),
+        needs=("pairs",), own_if=("writing_rm",), spreads=True, own_seed="writing_rm"),
     "judge": Stage(
         _later("evaluate.judge_quality.measure_judge"), lambda work: (work.needed["pairs"], work.writing_rm),
-        needs=("pairs", "writing-rm"), reads=("reward",), own_if=("writing_rm", "reward")),
+        needs=("pairs", "writing-rm"), reads=("reward",), own_if=("writing_rm", "reward"), own_seed="writing_rm"),
     "corpus": Stage(
         _later("data.tokenise.prepare_corpus"), reads=("model", "data", "corpus"), own_if=("model", "corpus"),
         seeded=False),
@@ -156,8 +157,7 @@ def arm_stages(recipe: Recipe, arm: str) -> list[str]:
 def needs(stage: str, recipe: Recipe, arm: str = "") -> list[tuple[str, str]]:
     """(stage, arm) that must be finished before, in this order; those have needs of their own."""
     changed = recipe.for_arm(arm) if arm else recipe
-    taught = stage != "pack" or changed.pretrain.cot_token_fraction > 0
-    paid = changed.reward.weights.writing > 0
+    taught, paid = stage != "pack" or changed.pretrain.cot_token_fraction > 0, changed.reward.weights.writing > 0
     wanted = {"cold-start": changed.cold_start.queries > 0, "writing-rm": paid and changed.reward.writing.model == "stage",
               "judge": paid and is_public(changed), "distil": taught}
     return [(name, of) for name, of in _possible_needs(stage, changed, arm) if wanted.get(name, True)]
@@ -224,8 +224,8 @@ def stage_run(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
     changed = recipe.for_arm(arm) if own else recipe
     sections = _sections(stage, changed, arm)
     inputs = inputs_of(changed, sections) | (changed.arm(arm).model_dump(exclude={"change"}) if every_arm else {})
-    folder = Path(root) / (arm if own else "") / stage
-    if folder.is_symlink():  # `lwz run --seeds`: the work of another seed, which says what it shared itself
+    folder, seed = Path(root) / (arm if own else "") / stage, seed_of(stage, changed, seed)
+    if folder.is_symlink():  # the work of another seed, which says what it shared itself
         seed, shared = _kept(folder)["seed"], _kept(folder)["inputs"].get("shared", {})
     else:
         shared = shared_needs(stage, recipe, root, arm)
@@ -237,6 +237,17 @@ def stage_run(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
     return Run(folder, changed, seed, sections, inputs)
 
 
+def seed_of(stage: str, recipe: Recipe, seed: int) -> int:
+    """Seed of a stage, in a run of that seed: the recipe's own for it, if it has one."""
+    section = STAGES[stage].own_seed
+    return seed if not section or (own := getattr(recipe, section).seed) is None else own
+
+
+def varies(stage: str, recipe: Recipe) -> bool:
+    """Whether another seed of the run gives another result of the stage, beside what it needs."""
+    return STAGES[stage].seeded and seed_of(stage, recipe, 0) != seed_of(stage, recipe, 1)
+
+
 def shared_needs(stage: str, recipe: Recipe, root: str | Path, arm: str) -> dict[str, str]:
     """{stage: its seed} of what a stage builds on and shares with another seed, whose result depends on that seed. Raises
     RunError for a link to nothing."""
@@ -245,7 +256,7 @@ def shared_needs(stage: str, recipe: Recipe, root: str | Path, arm: str) -> dict
         if of and of not in recipe.arms:  # cot.arm, of a recipe that distils nothing
             continue
         folder = Path(root) / (of if _is_own(other, recipe, of) else "") / other
-        if folder.is_symlink() and STAGES[other].seeded:
+        if folder.is_symlink() and varies(other, recipe):
             shared[other] = f"seed {_kept(folder)['seed']}"
         shared |= shared_needs(other, recipe, root, of)
     return shared
@@ -261,8 +272,7 @@ def _kept(folder: Path) -> dict:
 
 
 def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Path:
-    """Do the stage here, after the stages it needs; a finished one returns at once. Returns its artefact: the folder of a
-    model, or the stage's own."""
+    """Do the stage here, after those it needs, unless it is finished. Returns its artefact: the folder of a model, or its own."""
     run = stage_run(stage, recipe, root, seed, arm)
     if run.finished and stage != "pack":  # pack checks its shards for damage even when finished
         return run.folder / "model" if (run.folder / "model").is_dir() else run.folder
@@ -274,8 +284,8 @@ def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str 
 
 
 def measure_judge(recipe: Recipe, root: str | Path, seed: int) -> Path:
-    """Measure the recipe's judge on the run's held-out pairs, whatever it is; several judges stand beside each other, in
-    `judges/`. The trained Writing RM is measured as it is trained. Returns the folder with `quality.json`."""
+    """Measure the recipe's judge on the run's held-out pairs, several beside each other in `judges/`; the trained Writing RM is
+    measured as it is trained. Returns the folder with `quality.json`."""
     writing = recipe.reward.writing
     if not recipe.reward.weights.writing:
         raise RunError("reward.weights.writing = 0: this recipe pays for no writing, so it has no judge to measure")

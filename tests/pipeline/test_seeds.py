@@ -57,7 +57,7 @@ def test_seeds_share_a_stage_and_their_rows_say_so(recipe, tmp_path, stages_only
     assert stage_run("cold-start", recipe, other, 3).seed == 0 and stage_run("cold-start", recipe, other, 3).finished
     shared = {folder.name: run_table(folder).get("shared") for folder in (first, other)}
     assert shared["nano"] is None and set(shared["nano-seed3"]) == {"cold-start of seed 0"}
-    assert "cold-start of the first seed for all: the intervals cover what comes after" in capsys.readouterr().out
+    assert "cold-start is one for all seeds: the intervals cover what comes after" in capsys.readouterr().out
 
     table = seed_table([first, other]).set_index("reward")
     for reward in ("length", "format"):
@@ -82,6 +82,20 @@ def test_seeds_share_a_stage_and_their_rows_say_so(recipe, tmp_path, stages_only
     run_stage("cold-start", recipe, tmp_path / "nano-seed1", 1)
     with pytest.raises(RunError, match="nano-seed1/cold-start was not shared when it was made"):
         run_seeds(recipe, tmp_path / "nano", [0, 1], ["cold-start"], "mine", [])
+
+
+def test_a_stage_with_a_seed_of_its_own_is_one_for_all_seeds(recipe, tmp_path, stages_only):
+    own = recipe.model_copy(update={"cold_start": recipe.cold_start.model_copy(update={"seed": 7})})
+    run_seeds(own, tmp_path / "nano", [0, 3], [], "mine", [])
+    first, other = tmp_path / "nano", tmp_path / "nano-seed3"
+    assert (other / "cold-start").resolve() == first / "cold-start" and stage_run("cold-start", own, first, 0).seed == 7
+    assert "shared" not in run_table(other) or run_table(other).shared.isna().all()
+    before = stage_run("samples-before", own, other, 3, ARM)
+    (other / "cold-start").unlink()
+    run_stage("cold-start", own, other, 3)
+    assert stage_run("samples-before", own, other, 3, ARM).fingerprint == before.fingerprint, "made alone or shared, it is the same"
+    weights = [(folder / "cold-start" / "model" / "model.safetensors").read_bytes() for folder in (first, other)]
+    assert weights[0] == weights[1]
 
 
 def test_a_seed_that_fails_does_not_stop_the_others(recipe, tmp_path, stages_only, capsys):
