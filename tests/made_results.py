@@ -8,6 +8,7 @@ ARMS = {"base-nothink": ("grpo", "base", 0.0, 1.0), "base-think": ("grpo", "base
         "continual-pretrain-think": ("grpo", "continual-pretrain", 1.0, 3.0), "sft": ("sft", "base", 0.0, 0.5),
         "continual-pretrain-sft": ("sft", "continual-pretrain", 0.3, 0.8)}
 STEPS, QUERIES = 8, 12
+_FOLLOWED = {"before": 0.2, "during": 0.5, "after": 0.8}  # of a difference in the words that were asked for
 
 
 def held_out(seeds=(0, 1, 2), arms=ARMS) -> pd.DataFrame:
@@ -23,7 +24,8 @@ def held_out(seeds=(0, 1, 2), arms=ARMS) -> pd.DataFrame:
                         **ABOUT, "arm": arm, "algorithm": algorithm, "start": start, "seed": seed, "phase": phase,
                         "judge": f"judge-of-seed-{seed}", "step": step if algorithm == "grpo" else None, "id": f"q{query}",
                         "length": 0.5 + noise / 5, "writing": mean + noise, "format": 0.9, "think_words": 9,
-                        "answer_words": 60, "truncated": query == 0})
+                        "asked_words": 20 + 15 * query, "truncated": query == 0,
+                        "answer_words": round(90 + _FOLLOWED[phase] * (15 * query - 80) + 4 * noise)})
     return pd.DataFrame(rows).astype({"step": "Int64"}).round(4)
 
 

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from lwzlib.base.paths import TEXTS
 from lwzlib.base.rows import read_yaml
-from lwzlib.exhibits import figures, paper_figures
+from lwzlib.exhibits import figures, length_figure, paper_figures
 from lwzlib.exhibits.paper_figures import NOT_RUN
 from lwzlib.exhibits.results import Tables
 from lwzlib.exhibits.run_tables import held_out_changes
@@ -139,7 +139,7 @@ def _exhibit(make: Callable) -> Exhibit:
 
 EXHIBITS = {make.__name__: _exhibit(make) for make in (
     paper_figures.figure_1, paper_figures.figure_2, paper_figures.figure_3, paper_figures.figure_4, paper_figures.figure_5,
-    paper_figures.figure_6, table_1, table_2, table_4)}
+    paper_figures.figure_6, length_figure.length_control, table_1, table_2, table_4)}
 
 
 def settings(tables: Tables) -> list[str]:

@@ -4,11 +4,14 @@ A test is a weighted sum of one column over arms, at the same queries (or places
 intervals are Student's t, 95%, each over what it names: over queries or steps, of their means over the seeds; and over seeds,
 of the seeds' means. With one seed the latter does not exist, and nothing is decided.
 
-  supported      all intervals lie inside the claim's region: they exclude the opposite
-  not supported  all intervals lie outside it
-  inconclusive   neither, or there is one seed only, or a part of the claim was not run
-  not run        no rows
-A claim of several parts is supported if all of them are, and not supported if any of them is not.
+  no relevant difference  all intervals lie within the smallest effect worth having, on either side of none
+  supported               all lie inside the claim's region: they exclude the opposite
+  not supported           all lie outside it
+  inconclusive            none of these, or there is one seed only, or a part of the claim was not run
+  not run                 no rows
+A claim of several parts is supported if all of them are, and not supported if any of them is not, or if some make a relevant
+difference and others do not. What is worth having, and for how many seeds the spread of a pilot asked, stood in the file before
+the rows were made: `git log figures/claims.yaml`.
 """
 
 import re
@@ -26,11 +29,13 @@ from lwzlib.evaluate.intervals import t_interval
 from lwzlib.exhibits.results import Tables
 from lwzlib.exhibits.run_tables import quarter
 
+NO_DIFFERENCE = "no relevant difference"
 _TERM = re.compile(r"\S+ (before|after|quarter [1-4])")
 
 
 class Test(BaseModel):
-    """`region`: (low, high), either of which may be open, in units of `column`, or as a share if `relative`."""
+    """`region`: (low, high), either of which may be open, in units of `column`, or as a share if `relative`. In the same units,
+    `worth` is the smallest effect worth having; `seeds`, how many the spread of a pilot asked for to see it."""
 
     __test__ = False  # for pytest
     model_config = ConfigDict(extra="forbid")
@@ -40,6 +45,8 @@ class Test(BaseModel):
     contrast: dict[str, float] = Field(min_length=2)
     region: tuple[float | None, float | None]
     relative: bool = False
+    worth: Annotated[float, Field(gt=0)] | None = None
+    seeds: Annotated[int, Field(ge=2)] | None = None
 
     @field_validator("contrast")
     @classmethod
@@ -97,6 +104,9 @@ class Finding:
         form = "{:+.0%}" if self.relative else "{:+.2f}"
         parts = [f"[{form.format(low)}, {form.format(high)}] over {covers}" for covers, (low, high) in self.intervals.items()]
         parts += ["one seed, so no interval over seeds"] * (len(self.seeds) == 1)
+        if self.verdict == "inconclusive" and len(self.seeds) > 1:
+            could = max((high - low) / 2 for low, high in self.intervals.values())
+            parts += [f"an effect above {form.format(could).lstrip('+')} would have been seen"]
         return f"{self.name}: {form.format(self.effect)}; {'; '.join(parts)}"
 
 
@@ -134,9 +144,10 @@ def ledger(claims: list[Claim], tables: Tables) -> list[Entry]:
 
 def combined_verdict(verdicts: list[str]) -> str:
     """Verdict on a claim from those on its parts, at least one of which was run."""
-    if "not supported" in verdicts:
+    found = set(verdicts)
+    if "not supported" in found or found == {"supported", NO_DIFFERENCE}:
         return "not supported"
-    return "supported" if set(verdicts) == {"supported"} else "inconclusive"
+    return found.pop() if len(found) == 1 else "inconclusive"
 
 
 def examine_test(test: Test, tables: Tables) -> Finding:
@@ -164,6 +175,8 @@ def verdict_of(intervals, seeds: int, test: Test) -> str:
     """Verdict by the rule above. An interval without ends (of one value) excludes nothing."""
     if seeds < 2 or any(np.isnan(ends).any() for ends in intervals):
         return "inconclusive"
+    if test.worth and all(-test.worth < low and high < test.worth for low, high in intervals):
+        return NO_DIFFERENCE
     if all(low > test.low and high < test.high for low, high in intervals):
         return "supported"
     return "not supported" if all(high < test.low or low > test.high for low, high in intervals) else "inconclusive"

@@ -32,7 +32,7 @@ def figure_1(tables: Tables, ax: Axes) -> Axes:
     """Headline numbers: WritingBench average and Arena-Write Elo of each model."""
     table = tables.numbers("Table 1", "avg", "Elo")
     wide = table.pivot(index="model", columns="metric", values="value").sort_values(["Elo", "avg"], na_position="first")
-    names, parts = ["this kit", *wide.index], _panels(ax, 1, 2)
+    names, parts = ["this kit", *wide.index], panels(ax, 1, 2)
     for part, metric, label in zip(parts, ("avg", "Elo"), ("WritingBench", "Arena-Write Elo"), strict=True):
         known = table[table.metric == metric].set_index("model").reindex(wide.index).dropna(subset="value")
         tips = [_published_tip(row) for row in known.reset_index().to_dict("records")]
@@ -48,7 +48,7 @@ def figure_1(tables: Tables, ax: Axes) -> Axes:
 
 def figure_2(tables: Tables, ax: Axes) -> Axes:
     """Writing RM score, length reward and length of whole answers over RL steps."""
-    parts = _panels(ax, 3)
+    parts = panels(ax, 3)
     for part, column in zip(parts, ("writing", "length", "answer_words_not_truncated"), strict=True):
         _curves(tables.rl, part, column)
         part.set_xlabel("RL step" if part is parts[-1] else "")
@@ -133,7 +133,7 @@ _ABOUT = {"exact": "", "about": "~", "near": "~", "above": ">", "at most": "<="}
 _OUTCOMES = (("win", "#0072B2", ""), ("tie", "0.8", ""), ("loss", "#E69F00", "////"))
 
 
-def _panels(ax: Axes, rows: int, columns: int = 1) -> list[Axes]:
+def panels(ax: Axes, rows: int, columns: int = 1) -> list[Axes]:
     """Several axes in the place of one."""
     ax.set_axis_off()
     place = ax.get_subplotspec()
@@ -188,7 +188,7 @@ def _curves(table: pd.DataFrame, ax: Axes, column: str) -> None:
 
 def _two_scales(tables: Tables, ax: Axes, arms, xlabel: str) -> Axes:
     """Two axes, since the Elo of two arenas cannot be compared: the one for what is published (returned), and one here."""
-    published, here = parts = _panels(ax, 1, 2)
+    published, here = parts = panels(ax, 1, 2)
     published.set_title("published, 32B:\nArena-Write", fontsize=7)
     here.set_title("here, embedded arena:\nown Writing RM judges", fontsize=7, color=_BLUE)
     for part in parts:

@@ -21,6 +21,7 @@ from lwzlib.base.paths import FIGURES
 from lwzlib.base.rows import DataError, validated
 from lwzlib.evaluate import TIE_MARGIN, arena, elo
 from lwzlib.evaluate.arena import judgment_table
+from lwzlib.evaluate.length_control import with_length_control
 
 ANCHOR = "base-nothink@0"
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -150,7 +151,7 @@ def read_tables(results: Path = FIGURES / "results", published: Path = FIGURES /
         rows = _checked(path, *_KINDS[kind])
         measured[kind].append(rows.assign(setting=path.stem.removesuffix(kind)))
     rl, held_out, mixture = (_joined(measured[kind], _KINDS[kind][0]) for kind in ("", "_held_out", "_mixture"))
-    return Tables(_joined(numbers, Published), rl, held_out, mixture)
+    return Tables(_joined(numbers, Published), rl, with_length_control(held_out), mixture)
 
 
 def _checked(path: Path, kind: type[BaseModel], key: list[str]) -> pd.DataFrame:

@@ -60,8 +60,8 @@ def run_table(folder: str | Path) -> pd.DataFrame:
 
 def held_out_table(folder: str | Path, during: bool = False) -> pd.DataFrame:
     """Held-out samples of every arm in a run folder, a row each: provenance, judge (the Writing RM's identity), algorithm,
-    start, phase (before, after; `during` RL too), step (of RL), id, rewards, lengths, texts. The paper's arms come first. Empty
-    if there are none."""
+    start, phase (before, after; `during` RL too), step (of RL), id, rewards, lengths, `asked_words` (the middle of the range),
+    texts. The paper's arms come first. Empty if there are none."""
     rows, order = [], list(load_recipe("paper").arms)
     arms = {path.parent.name for path in Path(folder).glob("*/samples-*")}
     for arm in sorted(arms, key=lambda arm: (order.index(arm) if arm in order else len(order), arm)):
@@ -82,7 +82,8 @@ def _phase_rows(folder: Path, arm: str, phase: str) -> list[dict]:
     for path in paths:
         step = {"before": 0, "during": path.stem.rpartition("_")[2], "after": recipe.get("grpo", {}).get("steps")}[phase]
         rl_step = {"step": int(step) if algorithm == "grpo" else None}
-        rows += [origin | row | rl_step for row in read_rows(path)]
+        rows += [origin | row | rl_step | {"asked_words": sum(row["word_range"]) / 2}
+                 for row in read_rows(path)]
     return rows
 
 

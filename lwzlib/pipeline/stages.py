@@ -272,7 +272,7 @@ def _kept(folder: Path) -> dict:
 
 
 def run_stage(stage: str, recipe: Recipe, root: str | Path, seed: int, arm: str = "") -> Path:
-    """Do the stage here, after those it needs, unless it is finished. Returns its artefact: the folder of a model, or its own."""
+    """Do the stage here, after those it needs, unless it is finished. Returns its artefact: a model's folder, or its own."""
     run = stage_run(stage, recipe, root, seed, arm)
     if run.finished and stage != "pack":  # pack checks its shards for damage even when finished
         return run.folder / "model" if (run.folder / "model").is_dir() else run.folder

@@ -120,7 +120,24 @@ def test_supported_only_if_every_interval_excludes_the_opposite(found, seeds, re
     assert verdict_of([*intervals, (np.nan, np.nan)], seeds, test) == "inconclusive"
 
 
+@given(st.lists(st.tuples(st.floats(-0.3, 0.3), st.floats(0, 0.3)), min_size=1, max_size=3), st.floats(0.01, 0.5))
+def test_a_difference_that_is_not_worth_having_is_a_verdict_of_its_own(found, worth):
+    test = claims.Test(name="n", column="c", contrast={"a after": 1, "b after": -1}, region=(0, None), worth=worth)
+    intervals = [(low, low + width) for low, width in found]
+    within = max(abs(end) for ends in intervals for end in ends) < worth
+    assert (verdict_of(intervals, 4, test) == "no relevant difference") == within
+    assert verdict_of(intervals, 1, test) == "inconclusive", "one seed does not show that two arms are alike"
+
+
+def test_what_stays_open_says_what_could_have_been_seen():
+    open_, decided = (claims.Finding("writing", verdict, 0.1, {"4 seeds": (-0.2, 0.4), "9 queries": (0.0, 0.2)}, (0, 1, 2, 3))
+                      for verdict in ("inconclusive", "supported"))
+    assert str(open_).endswith("; an effect above 0.30 would have been seen") and "would have" not in str(decided)
+
+
 @pytest.mark.parametrize(("parts", "verdict"), [
+    (["no relevant difference"] * 2, "no relevant difference"), (["no relevant difference", "supported"], "not supported"),
+    (["no relevant difference", "inconclusive"], "inconclusive"),
     (["supported"] * 2, "supported"), (["supported", "inconclusive"], "inconclusive"),
     (["supported", "not run"], "inconclusive"), (["not supported", "supported"], "not supported"),
     (["not supported", "not run"], "not supported")])

@@ -93,7 +93,7 @@ def test_a_stage_with_a_seed_of_its_own_is_one_for_all_seeds(recipe, tmp_path, s
     before = stage_run("samples-before", own, other, 3, ARM)
     (other / "cold-start").unlink()
     run_stage("cold-start", own, other, 3)
-    assert stage_run("samples-before", own, other, 3, ARM).fingerprint == before.fingerprint, "made alone or shared, it is the same"
+    assert stage_run("samples-before", own, other, 3, ARM).fingerprint == before.fingerprint, "alone or shared"
     weights = [(folder / "cold-start" / "model" / "model.safetensors").read_bytes() for folder in (first, other)]
     assert weights[0] == weights[1]
 
