@@ -1,12 +1,16 @@
 """Signals and processes: how a stage is asked to stop, and how it ends with its parent."""
 
+import contextlib
 import ctypes.util
 import functools
+import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 from lwzlib.base.rows import RunError
 
@@ -26,6 +30,20 @@ def main_process() -> bool:
 def tcmalloc() -> str:
     """Name under which the loader finds tcmalloc, an allocator that processes which hold a model start with; "" without it."""
     return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc") or ""
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory_gib` begin anew, where the system has that (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gib() -> float:
+    """Most memory that this process has had at once (resident, without that of a GPU), in GiB; NaN where it is not known."""
+    with contextlib.suppress(OSError):
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(peak[1]) / 2**20 if peak else math.nan
+    return math.nan
 
 
 def end_with_parent() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from lwzlib.base.processes import main_process
+from lwzlib.base.processes import forget_peak_memory, main_process, peak_memory_gib
 from lwzlib.base.provenance import provenance
 from lwzlib.base.recipe import Recipe, flatten
 from lwzlib.base.rows import (
@@ -105,7 +105,8 @@ class Run:
             self._keep(provenance())
             rebuilt = self._last_checkpoint() if self.status.get("state") == "damaged" else {}
             self.update(state="running", pid=os.getpid(), host=platform.node(), **rebuilt)
-            started, before = time.time(), self.status.get("wall_s", 0.0)
+            started, before, peak = time.time(), self.status.get("wall_s", 0.0), self.status.get("host_peak_gib", 0.0)
+            forget_peak_memory()
             state = "failed"
             try:
                 yield
@@ -115,7 +116,8 @@ class Run:
                 raise
             finally:
                 with contextlib.suppress(OSError, RunError):  # a full disk must not hide the error that it caused
-                    self.update(state=state, wall_s=round(before + time.time() - started, 1))
+                    self.update(state=state, wall_s=round(before + time.time() - started, 1),
+                                host_peak_gib=round(max(peak, peak_memory_gib()), 2))
 
     def _keep(self, made: dict) -> None:
         """Write the provenance; of a resumed run, add what else made the rest of its rows: another commit, changed files,

@@ -37,7 +37,7 @@ def steps(recipe: Recipe, folder: Path, seed: int, source: str, overrides: list[
 
 
 def overview(recipe: Recipe, root: str | Path, seed: int) -> list[dict]:
-    """Each of the recipe's `stages.places`: arm, stage, state, step of how many, seconds."""
+    """Each of the recipe's `stages.places`: arm, stage, state, step of how many, seconds, and the most memory."""
     return _rows(stages_of(recipe, root, seed))
 
 
@@ -60,7 +60,7 @@ def stages_found(root: str | Path) -> list[dict]:
 def _row(arm: str, stage: str, folder: Path) -> dict:
     status = status_of(folder)
     return {"arm": arm or "all arms", "stage": stage, "state": status.get("state", "to do"), "step": status.get("step"),
-            "of": status.get("total"), "seconds": status.get("wall_s")}
+            "of": status.get("total"), "seconds": status.get("wall_s"), "gib": status.get("host_peak_gib")}
 
 
 def show_stages(folder: Path, rows: list[dict]) -> None:
@@ -68,10 +68,11 @@ def show_stages(folder: Path, rows: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("arm", "stage", "state", "step", "seconds", title=str(folder), box=None)
+    table = Table("arm", "stage", "state", "step", "seconds", "GiB", title=str(folder), box=None)
     for row in rows:
         step = f"{row['step']}/{row['of']}" if row["of"] else ""
         table.add_row(row["arm"], row["stage"], row["state"], step, f"{row['seconds']:.0f}" if row["seconds"] else "",
+                      f"{row['gib']:.1f}" if row["gib"] else "",
                       style={"finished": "green", "to do": "dim"}.get(row["state"], "bold"))
     Console().print(table)
 

@@ -262,3 +262,12 @@ def test_a_machine_without_git_leaves_the_commit_unknown_and_says_so_once(tmp_pa
     finally:
         provenance._git_installed.cache_clear()
     assert capsys.readouterr().err.count("git is not installed: the commit that makes these results stays unknown") == 1
+
+
+def test_each_stage_says_how_much_memory_it_needed_also_after_a_larger_one_in_the_same_process(tmp_path):
+    peaks = []
+    for name, mib in (("large", 400), ("small", 1)):
+        with _run(tmp_path / name).work():
+            bytearray(mib * 2**20)
+        peaks.append(_run(tmp_path / name).status["host_peak_gib"])
+    assert peaks[0] > peaks[1] + 0.3 and peaks[1] > 0

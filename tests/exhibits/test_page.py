@@ -36,7 +36,8 @@ def run_folder(folder, fingerprint, steps=3, commit=made.ABOUT["commit"]):
     write_rows(arm / "grpo" / "metrics.jsonl", [{"step": i, "length": 0.1 * i} for i in (1, 2, 3)])
     write_rows(arm / "grpo" / "completions.jsonl", [{"step": i, "id": "q0", "advantage": 0.1} | text for i in (1, 2, 3) * 6])
     for phase in ("before", "after"):
-        write_rows(arm / f"samples-{phase}" / "samples.jsonl", [{"step": 1, "id": "q0", "query": "Why rain?", "word_range": [50, 70]} | text])
+        write_rows(arm / f"samples-{phase}" / "samples.jsonl",
+                   [{"step": 1, "id": "q0", "query": "Why rain?", "word_range": [50, 70]} | text])
     return folder
 
 
