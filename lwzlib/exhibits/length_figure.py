@@ -11,7 +11,7 @@ from lwzlib.exhibits.results import Tables
 
 def length_control(tables: Tables, ax: Axes) -> Axes:
     """`asked_against_written` of a setting's held-out samples, as high as its arms need."""
-    ax.figure.set_figheight(0.6 + 1.2 * len(set(length_table(tables.held_out).arm)))
+    ax.get_figure(root=True).set_figheight(0.6 + 1.2 * len(set(length_table(tables.held_out).arm)))  # type: ignore[union-attr]
     return asked_against_written(tables.held_out, ax)
 
 
