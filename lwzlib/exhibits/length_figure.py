@@ -2,6 +2,7 @@
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lwzlib.evaluate.length_control import length_table
 from lwzlib.exhibits import figures
@@ -13,6 +14,13 @@ def length_control(tables: Tables, ax: Axes) -> Axes:
     """`asked_against_written` of a setting's held-out samples, as high as its arms need."""
     ax.get_figure(root=True).set_figheight(0.6 + 1.2 * len(set(length_table(tables.held_out).arm)))  # type: ignore[union-attr]
     return asked_against_written(tables.held_out, ax)
+
+
+def asked_panel(held_out: pd.DataFrame) -> Figure:
+    """`asked_against_written` as a figure of its own, as high as its arms need."""
+    figure = Figure(figsize=(6.8, 0.6 + 1.6 * held_out.arm.nunique()), layout="constrained")
+    asked_against_written(held_out, figure.subplots())
+    return figure
 
 
 def asked_against_written(held_out: pd.DataFrame, ax: Axes) -> Axes:
@@ -44,7 +52,7 @@ def asked_against_written(held_out: pd.DataFrame, ax: Axes) -> Axes:
 
 def _points(ax: Axes, rows: pd.DataFrame, look: tuple, longest: float, numbers: pd.Series) -> None:
     """Samples of one arm and phase; a text longer than the panel lies on its upper edge."""
-    ranged = f"{numbers.correlation:.2f} [{numbers.low:.2f}, {numbers.high:.2f}]"
+    ranged = f"{numbers.correlation:.2f}" + f" [{numbers.low:.2f}, {numbers.high:.2f}]" * bool(pd.notna(numbers.low))
     runs = {seed: runs_of(of_seed) for seed, of_seed in rows.groupby("seed")}
     tips = [f"{row['arm']}, {runs[row['seed']]}, {row['phase']}: {row['id']}, {row['asked_words']:.0f} words asked for, "
             f"{row['answer_words']:.0f} written" for row in rows.to_dict("records")]

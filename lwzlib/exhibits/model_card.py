@@ -18,6 +18,7 @@ from lwzlib.base.quantities import Prompt
 from lwzlib.base.rows import CARD_MARK, RunError, read_json, read_yaml, write_atomic
 from lwzlib.base.run_folder import provenance_of, status_of
 from lwzlib.evaluate.intervals import bootstrap_mean
+from lwzlib.evaluate.length_control import length_table
 from lwzlib.exhibits.run_tables import (
     REWARDS,
     before_and_after,
@@ -150,7 +151,7 @@ def _data(root: Path, arm: str, asked: dict) -> dict:
 
 def _measured(root: Path, arm: str) -> dict:
     """Rewards on held-out queries before and after, each (mean, low, high) by bootstrap over queries, and their change, paired
-    by query; and what the model wrote, in words."""
+    by query; what the model wrote, in words; and how far that followed what was asked for."""
     table = held_out_table(root)
     samples = table[table.arm == arm]
     rows = []
@@ -159,11 +160,12 @@ def _measured(root: Path, arm: str) -> dict:
         if len(pairs):
             rows.append({"reward": reward, "queries": len(pairs), "before": bootstrap_mean(pairs.before),
                          "after": bootstrap_mean(pairs.after), "change": bootstrap_mean(pairs.after - pairs.before)})
-    after = samples[samples.phase == "after"]
+    after, control = samples[samples.phase == "after"], length_table(samples).set_index("phase")
     ranges = pd.DataFrame(list(after.word_range)) if len(after) else None
     return {"rewards": rows, "wrote": None if ranges is None else {
         "queries": len(after), "low": int(ranges[0].min()), "high": int(ranges[1].max()), "words": after.answer_words.mean(),
-        "truncated": after.truncated.mean()}}
+        "truncated": after.truncated.mean()},
+        "control": control.dropna(subset="correlation").to_dict("index")}
 
 
 def write_cards(root: str | Path) -> list[Path]:

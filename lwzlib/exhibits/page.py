@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from lwzlib.base.rows import RunError, read_json, read_rows, write_atomic
 from lwzlib.base.run_folder import provenance_of, stage_folders, status_of
 from lwzlib.exhibits import catalogue, claims, figures
+from lwzlib.exhibits.length_figure import asked_panel
 from lwzlib.exhibits.results import Tables
 from lwzlib.exhibits.run_tables import (
     REWARDS,
@@ -173,6 +174,7 @@ def write_report(folder: str | Path) -> Path:
         curves=figures.svg(figures.panel(table)) if len(table) else "", samples=_samples(held_out), judge=_judge(folder),
         pretrained=_pretrained(folder), heldout=_means(held_out), changes=held_out_changes(held_out).to_dict("records"),
         heldout_figure=figures.svg(figures.held_out_panel(held_out)) if len(held_out) else "",
+        asked_figure=figures.svg(asked_panel(held_out)) if len(held_out) else "",
         asked=quantities, departures=departures_of(quantities), stages=_stages(folder))
 
 
