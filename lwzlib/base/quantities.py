@@ -39,7 +39,7 @@ class Model(Section):
 class Data(Section):
     """Queries to train on, and held-out queries, which `corpus` keeps out of the documents; all stages read them."""
 
-    train: str  # Source of queries: `kit:train`, `kit:train_short`, a .jsonl file, or `hub:<dataset>`
+    train: str  # Source of queries: `kit:train`, `kit:train_short`, `kit:train_lengths`, a .jsonl file, or `hub:<dataset>`
     heldout: str  # Source of queries, as in `train`
     languages: list[Literal["en", "zh"]] = Field(min_length=1)
 

@@ -2,7 +2,10 @@
 
 The paper takes its RL queries from WildChat-1M and LMSYS-Chat-1M and lets QwQ-32B predict the ranges. The kit ships
 queries of its own (252 for training, 72 held out; English and Chinese 2:1; the six WritingBench domains), written for
-it, with ranges set by hand, and a short variant of each for models that can only write a paragraph.
+it, with ranges set by hand, and two variants of each for models that can only write a paragraph: `short`, all of one length,
+and `lengths`, of one to eight sentences or one to three paragraphs. There the range of a sentence is measured: half of the
+whole sentences of SmolLM2-135M-Instruct have 15 to 26 words (344 of them), half of its single paragraphs 60 to 90 (16), and
+half of the sentences in the kit's Chinese texts 9 to 23 (552; a paragraph is four of them).
 """
 
 from collections.abc import Iterable
@@ -38,7 +41,7 @@ class Query(BaseModel):
 
 
 def load_queries(source: str, languages: Iterable[str] = ("en", "zh")) -> list[Query]:
-    """Queries from `kit:<name>` (train, heldout, train_short, heldout_short), a JSONL file, or `hub:<dataset>`.
+    """Queries from `kit:<name>` (train, heldout, and either with _short or _lengths), a JSONL file, or `hub:<dataset>`.
 
     Raises DataError at the first row that breaks the schema, at a repeated id, or if no query is left.
     """

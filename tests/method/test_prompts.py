@@ -92,7 +92,7 @@ def test_worked_examples_are_exact_clean_and_of_the_length_asked_for(language, p
 def test_worked_examples_are_not_among_the_queries():
     from lwzlib.method.queries import load_queries
 
-    names = ["kit:train", "kit:heldout", "kit:train_short", "kit:heldout_short"]
+    names = [f"kit:{name}{suffix}" for suffix in ("", "_short", "_lengths") for name in ("train", "heldout")]
     shipped = {q.query for name in names for q in load_queries(name)}
     assert not shipped & {query for examples in prompts.WORKED_EXAMPLES.values() for query, _, _ in examples}
 

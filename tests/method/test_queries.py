@@ -1,6 +1,7 @@
 """Queries: the shipped sets keep their promises, and a broken file is refused by file, line and field."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -11,8 +12,9 @@ from lwzlib.method.queries import DOMAINS, load_queries
 from lwzlib.method.text import answer_language, has_han
 from lwzlib.pipeline.inputs import queries_of_recipe
 
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 GOOD = {"id": "a", "query": "Write about rain.", "word_range": [50, 70]}
-SETS = ["kit:train", "kit:heldout", "kit:train_short", "kit:heldout_short"]
+SETS = [f"kit:{name}{suffix}" for suffix in ("", "_short", "_lengths") for name in ("train", "heldout")]
 
 
 def _file(tmp_path, *rows):
@@ -29,11 +31,25 @@ def test_the_shipped_sets_are_large_bilingual_and_span_the_domains(name, least):
     assert {q.domain for q in queries} == set(DOMAINS)
 
 
-@pytest.mark.parametrize("suffix", ["", "_short"])
+@pytest.mark.parametrize("suffix", ["", "_short", "_lengths"])
 def test_train_and_heldout_share_neither_id_nor_query(suffix):
     train, heldout = load_queries(f"kit:train{suffix}"), load_queries(f"kit:heldout{suffix}")
     assert not {q.id for q in train} & {q.id for q in heldout}
     assert not {" ".join(q.query.split()) for q in train} & {" ".join(q.query.split()) for q in heldout}
+
+
+@pytest.mark.parametrize("name", ["train", "heldout"])
+def test_lengths_differ_evenly_and_the_words_that_a_query_states_lie_in_its_range(name):
+    queries = load_queries(f"kit:{name}_lengths", ["en"])
+    for query in queries:
+        asked = re.search(rf"\b({'|'.join(NUMBERS)}) (?:short paragraph|sentence)", query.query, re.IGNORECASE)
+        count = 1 + NUMBERS.index(asked[1].lower())
+        lower, upper = (60, 90) if "short paragraph" in query.query else (15, 26)
+        assert all(abs(end - count * each) <= 2.5 for end, each in zip(query.word_range, (lower, upper), strict=True)), query
+        stated = re.search(r"about (\d+) words", query.query)
+        assert not stated or query.word_range[0] <= int(stated[1]) <= query.word_range[1], query
+    counts = Counter(query.word_range for query in queries)
+    assert len(counts) == 11 and max(counts.values()) < 3 * min(counts.values())
 
 
 @pytest.mark.parametrize("name", ["train", "heldout"])
