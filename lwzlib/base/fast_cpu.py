@@ -64,7 +64,7 @@ def _packed(model) -> dict:
 
 
 def _linear(layer, packed, x):
-    if torch.is_grad_enabled():  # the product of packed weights has no gradient
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):  # the packed product has no gradient, and no autocast
         return torch.nn.functional.linear(x, layer.weight, layer.bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
 

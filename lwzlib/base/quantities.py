@@ -52,7 +52,7 @@ class Prompt(Section):
 
 
 class Lora(Section):
-    """Adapter of `writing_rm`, `grpo` or `sft`; it is merged into the model at the end."""
+    """Adapter of `cold_start`, `writing_rm`, `grpo` or `sft`; it is merged into the model at the end."""
 
     rank: Count  # Rank of the adapter; 0 = all weights are trained
     alpha: Positive

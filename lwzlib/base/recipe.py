@@ -124,7 +124,7 @@ class Recipe(q.Section):
         """The recipe with what the arm changes. Raises RecipeError for an unknown arm, quantity or value."""
         change, place = self.arm(name).change, f"{self.name}, arm {name}"
         for quantity in change:
-            if quantity.split(".")[0] in _NOT_METHOD:
+            if quantity.split(".")[0] in _NOT_METHOD or quantity.endswith(".seed"):
                 raise RecipeError(f"{place}: {quantity!r} holds for a whole run, an arm cannot change it")
         return _validated(self.model_dump(), change, place) if change else self
 

@@ -132,7 +132,7 @@ def _stages(recipe: Recipe, grpo_gpus: int) -> dict[str, Stage]:
     cold, judge, grpo, sft = recipe.cold_start, recipe.writing_rm, recipe.grpo, recipe.sft
     prompt, gpus = int(constant("prompt_tokens")), recipe.distributed.nodes * recipe.distributed.processes
     table = {  # model, adapter, sequences of a micro-batch, tokens of each, GPUs
-        "cold-start": (recipe.model.name, None, cold.batch_documents, prompt + cold.max_new_tokens, 1),
+        "cold-start": (recipe.model.name, cold.lora, cold.batch_documents, prompt + cold.max_new_tokens, 1),
         "writing-rm": (judge.model, judge.lora, 2 * judge.batch_pairs, judge.max_tokens, gpus),
         "pretrain": (recipe.model.name, None, 1, recipe.pretrain.sequence_tokens, gpus),
         "grpo": (recipe.model.name, grpo.lora, grpo.micro_batch_completions, prompt + grpo.sampling.max_new_tokens, grpo_gpus),

@@ -75,7 +75,7 @@ def place_of(recipe: Recipe) -> Place:
 
 
 def _packages(recipe: Recipe, place: Place) -> str | None:
-    loras = (recipe.grpo.lora, recipe.sft.lora, recipe.writing_rm.lora)
+    loras = (recipe.grpo.lora, recipe.sft.lora, recipe.writing_rm.lora, recipe.cold_start.lora)
     wanted = {"vllm": recipe.vllm.mode != "none", "deepspeed": recipe.distributed.zero > 0,
               "peft": any(lora.rank for lora in loras)} | dict.fromkeys(recipe.tracking.report_to, True)
     if not place.same_python or not any(wanted.values()):

@@ -37,13 +37,14 @@ def _standard_ranks(values: pd.Series) -> pd.Series:
 
 def length_table(held_out: pd.DataFrame) -> pd.DataFrame:
     """Rank correlation of words asked for and written, before and after: a row per arm and phase, with its 95% interval (over
-    seeds by Student's t, of one seed over queries by Fisher's z), mean S_l, seeds, queries. Empty without `asked_words`."""
+    seeds by Student's t, of one seed over queries by Fisher's z), mean S_l, the seeds that have one, queries. Empty without
+    `asked_words`."""
     table, rows = with_length_control(held_out), []
     if "length_control" not in table:
         return pd.DataFrame(columns=["arm", "phase", "correlation", "low", "high", "S_l", "seeds", "queries"])
     for (arm, phase), samples in table[table.phase != "during"].groupby(["arm", "phase"], sort=False):
-        of_seeds = samples.groupby("seed").length_control.mean()
-        low, high = t_interval(of_seeds) if len(of_seeds) > 1 else _fisher(of_seeds.iloc[0], samples.id.nunique())
+        of_seeds = samples.groupby("seed").length_control.mean().dropna()
+        low, high = t_interval(of_seeds) if len(of_seeds) != 1 else _fisher(of_seeds.iloc[0], samples.id.nunique())
         rows.append({"arm": arm, "phase": phase, "correlation": of_seeds.mean(), "low": low, "high": high,
                      "S_l": samples.S_l.mean(), "seeds": len(of_seeds), "queries": samples.id.nunique()})
     return pd.DataFrame(rows)

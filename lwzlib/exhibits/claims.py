@@ -10,8 +10,7 @@ of the seeds' means. With one seed the latter does not exist, and nothing is dec
   inconclusive            none of these, or there is one seed only, or a part of the claim was not run
   not run                 no rows
 A claim of several parts is supported if all of them are, and not supported if any of them is not, or if some make a relevant
-difference and others do not. What is worth having, and for how many seeds the spread of a pilot asked, stood in the file before
-the rows were made: `git log figures/claims.yaml`.
+difference and others do not. What is worth having belongs in the file before the rows are made: `git log figures/claims.yaml`.
 """
 
 import re
@@ -30,12 +29,13 @@ from lwzlib.exhibits.results import Tables
 from lwzlib.exhibits.run_tables import quarter
 
 NO_DIFFERENCE = "no relevant difference"
+_SEEN = (1.96 + 0.84) / 1.96  # half-intervals: the effect that four repetitions in five would tell from none, if it is normal
 _TERM = re.compile(r"\S+ (before|after|quarter [1-4])")
 
 
 class Test(BaseModel):
     """`region`: (low, high), either of which may be open, in units of `column`, or as a share if `relative`. In the same units,
-    `worth` is the smallest effect worth having; `seeds`, how many the spread of a pilot asked for to see it."""
+    `worth` is the smallest effect worth having, of a test whose region is open at one end."""
 
     __test__ = False  # for pytest
     model_config = ConfigDict(extra="forbid")
@@ -46,7 +46,6 @@ class Test(BaseModel):
     region: tuple[float | None, float | None]
     relative: bool = False
     worth: Annotated[float, Field(gt=0)] | None = None
-    seeds: Annotated[int, Field(ge=2)] | None = None
 
     @field_validator("contrast")
     @classmethod
@@ -54,6 +53,12 @@ class Test(BaseModel):
         if bad := [term for term in contrast if not _TERM.fullmatch(term)]:
             raise ValueError(f"{bad[0]!r} is not of the form '<arm> before', '<arm> after' or '<arm> quarter <1-4>'")
         return contrast
+
+    @model_validator(mode="after")
+    def _open_where_worth(self):
+        if self.worth and None not in self.region:
+            raise ValueError(f"worth = {self.worth} needs a region that is open at one end, not {list(self.region)}")
+        return self
 
     @property
     def low(self) -> float:
@@ -104,9 +109,9 @@ class Finding:
         form = "{:+.0%}" if self.relative else "{:+.2f}"
         parts = [f"[{form.format(low)}, {form.format(high)}] over {covers}" for covers, (low, high) in self.intervals.items()]
         parts += ["one seed, so no interval over seeds"] * (len(self.seeds) == 1)
-        if self.verdict == "inconclusive" and len(self.seeds) > 1:
-            could = max((high - low) / 2 for low, high in self.intervals.values())
-            parts += [f"an effect above {form.format(could).lstrip('+')} would have been seen"]
+        halves = [(high - low) / 2 for low, high in self.intervals.values() if low < high]
+        if self.verdict == "inconclusive" and len(self.seeds) > 1 and halves:
+            parts += [f"four times in five {form.format(_SEEN * max(halves)).lstrip('+')} would have been told from none"]
         return f"{self.name}: {form.format(self.effect)}; {'; '.join(parts)}"
 
 
@@ -145,7 +150,7 @@ def ledger(claims: list[Claim], tables: Tables) -> list[Entry]:
 def combined_verdict(verdicts: list[str]) -> str:
     """Verdict on a claim from those on its parts, at least one of which was run."""
     found = set(verdicts)
-    if "not supported" in found or found == {"supported", NO_DIFFERENCE}:
+    if "not supported" in found or {"supported", NO_DIFFERENCE} <= found:
         return "not supported"
     return found.pop() if len(found) == 1 else "inconclusive"
 

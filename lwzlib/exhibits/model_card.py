@@ -160,12 +160,13 @@ def _measured(root: Path, arm: str) -> dict:
         if len(pairs):
             rows.append({"reward": reward, "queries": len(pairs), "before": bootstrap_mean(pairs.before),
                          "after": bootstrap_mean(pairs.after), "change": bootstrap_mean(pairs.after - pairs.before)})
-    after, control = samples[samples.phase == "after"], length_table(samples).set_index("phase")
+    after, control = samples[samples.phase == "after"], length_table(samples).dropna(subset="correlation").set_index("phase")
+    lengths = samples.asked_words.nunique() if len(samples) else 0
     ranges = pd.DataFrame(list(after.word_range)) if len(after) else None
     return {"rewards": rows, "wrote": None if ranges is None else {
         "queries": len(after), "low": int(ranges[0].min()), "high": int(ranges[1].max()), "words": after.answer_words.mean(),
         "truncated": after.truncated.mean()},
-        "control": control.dropna(subset="correlation").to_dict("index")}
+        "control": control.to_dict("index") if lengths > 4 else {}}
 
 
 def write_cards(root: str | Path) -> list[Path]:

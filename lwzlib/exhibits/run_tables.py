@@ -18,11 +18,13 @@ _TEXTS = ["type", "query", "word_range", "completion"]  # columns of a held-out 
 
 
 def made_by(stage: Path) -> dict:
-    """Provenance of an arm's stage: model, arm, seed, fingerprint, commit, hardware, versions; `shared`: what it took from
-    another seed, where it did."""
+    """Provenance of an arm's stage: model, arm, seed, fingerprint, commit, hardware, versions; `shared`: what it has in common
+    with the runs of other seeds, where it has."""
     provenance, status = provenance_of(stage), status_of(stage)
     recipe = read_yaml(stage / "recipe.yaml")
-    shared = ", ".join(f"{name} of {seed}" for name, seed in recipe["inputs"].get("shared", {}).items())
+    own = {name.replace("_", "-"): f"seed {asked['seed']}" for name, asked in recipe.items()
+           if isinstance(asked, dict) and asked.get("seed") is not None}  # cold_start.seed, writing_rm.seed
+    shared = ", ".join(f"{name} of {seed}" for name, seed in (own | recipe["inputs"].get("shared", {})).items())
     return {"model": recipe["model"]["name"], "arm": stage.parent.name, "seed": recipe["seed"],
             "fingerprint": status.get("fingerprint", ""), "commit": commit_of(provenance), "hardware": provenance["hardware"],
             "versions": " ".join(f"{name} {version}" for name, version in provenance["versions"].items()),

@@ -19,9 +19,7 @@ from lwzlib.base.run_folder import Run
 from lwzlib.method import prompts
 from lwzlib.method.queries import load_queries
 from lwzlib.method.sampling import completions
-from lwzlib.method.text import count_words, split_sentences, whole_sentences
-
-_TOPIC_WORDS = 8  # of the end of a request's longest part, where the kit's queries name what they are about
+from lwzlib.method.text import count_words, split_sentences
 
 
 def cold_start(recipe: Recipe, run: Run) -> Path:
@@ -47,40 +45,39 @@ def cold_start(recipe: Recipe, run: Run) -> Path:
 
 
 def _documents(recipe: Recipe, run: Run, model, tokenizer) -> list[dict]:
-    """Two documents for each query: with and without a plan. With `within_range` a model that keeps to a length when asked
-    still does so afterwards: it learns the form from answers of the length that was asked for."""
+    """Two documents for each query, with and without a plan, of whole sentences; only what follows the prompt is learnt. With
+    `within_range` the answers have the length that was asked for, so that a model which keeps to one still does."""
     queries = load_queries(recipe.data.train, recipe.data.languages)
     asked = random.Random(run.seed).sample(queries, min(recipe.cold_start.queries, len(queries)))
     framed = [prompts.render_bare(query.query, recipe.model.frame, tokenizer) for query in asked]
     sampling = Sampling(temperature=recipe.cold_start.temperature, top_p=1.0, max_new_tokens=recipe.cold_start.max_new_tokens)
     documents = []
     for i, text, *_ in completions(model, tokenizer, framed, sampling, recipe.samples.batch_completions, run.seed):
-        answer = "\n\n".join(whole_sentences(paragraph) for paragraph in text.split("\n\n") if paragraph.strip())
-        lower, upper = asked[i].word_range
+        (lower, upper), whole = asked[i].word_range, text[: max(map(text.rfind, ".!?。！？")) + 1] or text
+        answer = "\n\n".join(" ".join(paragraph.split()) for paragraph in whole.split("\n\n") if paragraph.strip())
         if (i + 1) % 8 == 0:
             print(f"cold start: answer {i + 1}/{len(asked)}", flush=True)
         if recipe.cold_start.within_range and not lower <= count_words(answer) <= upper:
             continue
         for style in ("think", "direct"):
             prompt = prompts.render(asked[i].query, style, recipe.model.frame, recipe.prompt, tokenizer)
-            completion = prompts.after_prompt(prompt, prompts.wrap(plan_of(asked[i].query, answer), answer, style))
+            completion = prompts.after_prompt(prompt, prompts.wrap(plan_of(answer), answer, style))
             documents.append({"prompt": prompt, "completion": completion + tokenizer.eos_token})
     if not documents:
         raise RunError(f"cold_start.within_range: none of the {len(asked)} answers of {recipe.model.name} has the length that "
                        "its query asks for; give cold_start.queries more, or cold_start.within_range=false")
+    print(f"cold start: {len(documents) // 2} of {len(asked)} answers kept", flush=True)
     run.update(documents=len(documents), answers=len(asked),
                tokens=sum(len(tokenizer(d["prompt"] + d["completion"]).input_ids) for d in documents))
     return documents
 
 
-def plan_of(request: str, answer: str) -> str:
-    """Plan for an answer: its paragraphs, its sentences, and what the request is about. It is short, because what it takes of
-    `max_new_tokens` the answer lacks.
+def plan_of(answer: str) -> str:
+    """Plan for an answer: its length, then an order. It is short, because what it takes of `max_new_tokens` the answer lacks.
 
-    >>> plan_of("Explain why bread dough rises. Use one sentence.", "Yeast makes gas.")
-    'Length: 1 paragraph, 1 sentence. Topic: Explain why bread dough rises.'
+    >>> plan_of("Yeast makes gas. Gas makes holes.")
+    'Length: 1 paragraph, 2 sentences. First the main point, then what supports it.'
     """
     counts = {"paragraph": len(answer.split("\n\n")), "sentence": len(split_sentences(answer))}
     length = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
-    topic = max(split_sentences(request), key=count_words).rstrip(".。?？").split()[-_TOPIC_WORDS:]
-    return f"Length: {length}. Topic: {' '.join(topic)}."
+    return f"Length: {length}. First the main point, then what supports it."

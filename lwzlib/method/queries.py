@@ -1,11 +1,10 @@
 """Queries with the word range that each asks for.
 
-The paper takes its RL queries from WildChat-1M and LMSYS-Chat-1M and lets QwQ-32B predict the ranges. The kit ships
-queries of its own (252 for training, 72 held out; English and Chinese 2:1; the six WritingBench domains), written for
-it, with ranges set by hand, and two variants of each for models that can only write a paragraph: `short`, all of one length,
-and `lengths`, of one to eight sentences or one to three paragraphs. There the range of a sentence is measured: half of the
-whole sentences of SmolLM2-135M-Instruct have 15 to 26 words (344 of them), half of its single paragraphs 60 to 90 (16), and
-half of the sentences in the kit's Chinese texts 9 to 23 (552; a paragraph is four of them).
+The paper takes its RL queries from WildChat-1M and LMSYS-Chat-1M; QwQ-32B predicted the ranges. The kit ships its own (252 for
+training, 72 held out; English and Chinese 2:1; the six WritingBench domains), with ranges set by hand, and two variants of each
+for small models: `short`, of one paragraph, and `lengths`, of one to eight sentences or one to three paragraphs. Of these the
+ranges are measured: half of SmolLM2-135M-Instruct's sentences have 15 to 26 words (of 344), half of its single paragraphs 60 to
+90 (of 16), half of the sentences in the kit's Chinese texts 9 to 23 (of 552; a paragraph is four of them).
 """
 
 from collections.abc import Iterable

@@ -27,7 +27,7 @@ from lwzlib.pipeline.stages import STAGES, Work, arm_stages, needs, run_stage, s
 
 _QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 # glibc gives large blocks back to the system at once; every decoding step on a CPU then asks for them anew. tcmalloc keeps
-# them, and needs fewer.
+# them, and needs fewer; where it cannot be preloaded after all, in a container say, glibc's settings hold.
 _KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**26)}
 _GPU_DRIVER = Path("/dev/nvidiactl")  # torch, which knows too, takes seconds to load
 _POLL_S = 0.05
@@ -38,7 +38,7 @@ def of_processes() -> dict[str, str]:
     cores to others. Without a GPU they keep the memory that they free; beside one, others need it: offloaded weights, say."""
     if _GPU_DRIVER.exists():
         return {"GOMP_SPINCOUNT": "10000"}
-    return {"GOMP_SPINCOUNT": "10000"} | (preloading(allocator) if (allocator := tcmalloc()) else _KEEPS_MEMORY)
+    return {"GOMP_SPINCOUNT": "10000"} | _KEEPS_MEMORY | (preloading(allocator) if (allocator := tcmalloc()) else {})
 
 
 def preloading(library: str) -> dict[str, str]:

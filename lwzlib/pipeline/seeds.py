@@ -49,7 +49,8 @@ def run_seeds(recipe: Recipe, stem: Path, seeds: list[int], share: list[str], so
         except Exception as error:  # whatever it is, hours of other seeds must not wait for it: a kernel may die, say
             failed[seed] = f"{type(error).__name__}: {error}".strip()
             print(f"seed {seed} failed; the others go on:\n{failed[seed]}", flush=True)
-    path = _show(list(folders.values()), stem, [stage for stage in share if STAGES[stage].seeded])
+    done = [stage for stage in share if STAGES[stage].seeded and ("", stage) in places(recipe)]
+    path = _show(list(folders.values()), stem, done)
     if failed:
         raise RunError(f"{len(failed)} of {len(seeds)} seeds failed, and the same command goes on with them: " + "; ".join(
             f"seed {seed}: {said.splitlines()[-1]}" for seed, said in failed.items()))
@@ -103,6 +104,6 @@ def _show(folders: list[Path], stem: Path, share: list[str]) -> Path:
         shown.add_row(row["arm"], row["reward"], *cells, row["seeds"])
     Console().print(shown)
     if share:
-        print(f"{', '.join(share)} is one for all seeds: the intervals cover what comes after, not another {share[0]}")
+        print(f"one for all seeds: {', '.join(share)}. The intervals cover what comes after, not another {share[0]}")
     print(f"{path}: {len(table)} rows")
     return path

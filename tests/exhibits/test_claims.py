@@ -132,12 +132,13 @@ def test_a_difference_that_is_not_worth_having_is_a_verdict_of_its_own(found, wo
 def test_what_stays_open_says_what_could_have_been_seen():
     open_, decided = (claims.Finding("writing", verdict, 0.1, {"4 seeds": (-0.2, 0.4), "9 queries": (0.0, 0.2)}, (0, 1, 2, 3))
                       for verdict in ("inconclusive", "supported"))
-    assert str(open_).endswith("; an effect above 0.30 would have been seen") and "would have" not in str(decided)
+    assert str(open_).endswith("; four times in five 0.43 would have been told from none") and "would" not in str(decided)
 
 
 @pytest.mark.parametrize(("parts", "verdict"), [
     (["no relevant difference"] * 2, "no relevant difference"), (["no relevant difference", "supported"], "not supported"),
     (["no relevant difference", "inconclusive"], "inconclusive"),
+    (["no relevant difference", "inconclusive", "supported"], "not supported"),
     (["supported"] * 2, "supported"), (["supported", "inconclusive"], "inconclusive"),
     (["supported", "not run"], "inconclusive"), (["not supported", "supported"], "not supported"),
     (["not supported", "not run"], "not supported")])
@@ -148,6 +149,8 @@ def test_a_claim_is_as_strong_as_its_weakest_part(parts, verdict):
 @pytest.mark.parametrize(("change", "said"), [
     ({"notebok": "x"}, "claim x: notebok"), ({"tests": [], "why_not": ""}, "either tests, or `why_not`"),
     ({"of": "me"}, "of = 'me'"),
+    ({"tests": [{"name": "n", "column": "c", "contrast": {"a after": 1, "b after": 1}, "region": [-1, 1], "worth": 2}],
+      "why_not": ""}, "worth = 2.0 needs a region that is open"),
     ({"tests": [{"name": "n", "column": "c", "contrast": {"a": 1, "b": 1}, "region": [0, None]}]}, "'a' is not of the form")])
 def test_a_claim_that_cannot_be_tested_is_refused_by_name(tmp_path, change, said):
     import yaml
