@@ -40,14 +40,13 @@ def length_table(held_out: pd.DataFrame) -> pd.DataFrame:
     seeds by Student's t, of one seed over queries by Fisher's z), mean S_l, the seeds that have one, queries. Empty without
     `asked_words`."""
     table, rows = with_length_control(held_out), []
-    if "length_control" not in table:
-        return pd.DataFrame(columns=["arm", "phase", "correlation", "low", "high", "S_l", "seeds", "queries"])
-    for (arm, phase), samples in table[table.phase != "during"].groupby(["arm", "phase"], sort=False):
+    known = table.dropna(subset="asked_words") if "length_control" in table else table.iloc[:0]
+    for (arm, phase), samples in known[known.phase != "during"].groupby(["arm", "phase"], sort=False):
         of_seeds = samples.groupby("seed").length_control.mean().dropna()
         low, high = t_interval(of_seeds) if len(of_seeds) != 1 else _fisher(of_seeds.iloc[0], samples.id.nunique())
         rows.append({"arm": arm, "phase": phase, "correlation": of_seeds.mean(), "low": low, "high": high,
                      "S_l": samples.S_l.mean(), "seeds": len(of_seeds), "queries": samples.id.nunique()})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["arm", "phase", "correlation", "low", "high", "S_l", "seeds", "queries"])
 
 
 def _fisher(correlation: float, queries: int) -> tuple[float, float]:

@@ -55,6 +55,7 @@ def test_the_interval_of_one_seed_covers_the_correlation_as_often_as_it_says():
 def test_rows_without_what_was_asked_have_no_length_control():
     old = made.held_out().drop(columns="asked_words")
     assert length_table(old).empty and "length_control" not in with_length_control(old)
+    assert length_table(made.held_out().iloc[:0]).empty and list(length_table(old)) == list(length_table(made.held_out()))
     mixed = pd.concat([old.assign(setting="old"), made.held_out().assign(setting="new")], ignore_index=True)
     found = with_length_control(mixed)
     assert found.length_control.notna().equals(found.setting == "new")
