@@ -52,7 +52,7 @@ def asked_against_written(held_out: pd.DataFrame, ax: Axes) -> Axes:
 
 def _points(ax: Axes, rows: pd.DataFrame, look: tuple, longest: float, numbers: pd.Series) -> None:
     """Samples of one arm and phase; a text longer than the panel lies on its upper edge."""
-    ranged = f"{numbers.correlation:.2f}" + f" [{numbers.low:.2f}, {numbers.high:.2f}]" * bool(pd.notna(numbers.low))
+    ranged = f"r {numbers.correlation:.2f}" + f" [{numbers.low:.2f}, {numbers.high:.2f}]" * bool(pd.notna(numbers.low))
     ranged = ranged if numbers.seeds else "no correlation"
     runs = {seed: runs_of(of_seed) for seed, of_seed in rows.groupby("seed")}
     tips = [f"{row['arm']}, {runs[row['seed']]}, {row['phase']}: {row['id']}, {row['asked_words']:.0f} words asked for, "
