@@ -56,7 +56,7 @@ def test_each_recipe_ships(lwz, name):
 
 def test_ledger_figures_and_queries_ship(lwz):
     assert "verdict" in lwz("claims")
-    assert "figures/out: 63 files" in lwz("figures") and (lwz.folder / "figures" / "out" / "index.html").is_file()
+    assert "figures/out: 69 files" in lwz("figures") and (lwz.folder / "figures" / "out" / "index.html").is_file()
     assert "found" in lwz("doctor")
 
 

@@ -225,8 +225,8 @@ def _elo_lines(tables: Tables, ax: Axes, arms) -> bool:
     return bool(arms)
 
 
-def _short(commit: str) -> str:
-    return commit[:9] + commit[40:]  # and its +
+def _short(commit: str | None) -> str:
+    return commit[:9] + commit[40:] if commit else "unknown"  # and its +
 
 
 def runs_of(table: pd.DataFrame) -> str:
