@@ -58,7 +58,7 @@ def test_a_card_before_and_after_its_samples(unpaid, tmp_path):
     sampled(unpaid, tmp_path, "before", BEFORE)
     assert "Not measured yet" in write_card(tmp_path, ARM).read_text(), "half of it shows no change"
     sampled(unpaid, tmp_path, "after", AFTER)
-    assert "words asked for and words written is 1.00 before training and 1.00 after;" in write_card(tmp_path, ARM).read_text()
+    assert "words asked for and words written is 1.00 before training and 1.00 after:" in write_card(tmp_path, ARM).read_text()
     card = write_card(tmp_path, ARM).read_text()
     cells = re.search(r"^\| length \| (.*) \| (.*) \| (.*) \|$", card, re.MULTILINE).groups()
     for cell, values in zip(cells, (BEFORE, AFTER, np.subtract(AFTER, BEFORE)), strict=True):
