@@ -92,9 +92,13 @@ def read_rows(path: Path) -> list[dict]:
 
 def rows_before_damage(path: Path) -> tuple[list[dict], int]:
     """(rows up to the first line that is damaged, its number; 0 if there is none)."""
-    rows = _parsed_lines(path)
-    damaged = rows.index(None) if None in rows else len(rows)
-    return rows[:damaged], damaged + 1 if damaged < len(rows) else 0
+    parsed = _parsed_lines(path)
+    rows = _before_damage(parsed)
+    return rows, len(rows) + 1 if len(rows) < len(parsed) else 0
+
+
+def _before_damage(parsed: list) -> list[dict]:
+    return parsed[: parsed.index(None)] if None in parsed else parsed
 
 
 def _parsed_lines(path: Path) -> list:
@@ -176,7 +180,7 @@ def kept_rows(path: Path, in_order: bool) -> Iterator[list[dict]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock")):
         parsed = _parsed_lines(path)
-        rows = rows_before_damage(path)[0] if in_order else [row for row in parsed if row is not None]
+        rows = _before_damage(parsed) if in_order else [row for row in parsed if row is not None]
         if lost := len(parsed) - len(rows):
             print(f"{path}: {lost} rows are left out, which are damaged or follow a damaged one", flush=True)
         if lost or (path.exists() and not path.read_bytes().endswith(b"\n")):

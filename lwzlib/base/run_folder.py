@@ -201,6 +201,11 @@ def status_of(folder: Path) -> dict:
     return status
 
 
+def has_model(stage: Path) -> bool:
+    """Whether a stage is finished and has left its model."""
+    return (stage / "model").is_dir() and status_of(stage).get("state") == "finished"
+
+
 def stage_folders(root: str | Path) -> list[Path]:
     """Folders of the stages that were started in a run folder, and of those that it shares with another."""
     return [path.parent for pattern in ("*/status.json", "*/*/status.json") for path in sorted(Path(root).glob(pattern))]

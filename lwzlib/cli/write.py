@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 from lwzlib.base.processes import INTERRUPTED
 from lwzlib.base.provenance import commit_of, provenance
 from lwzlib.base.recipe import load_recipe
-from lwzlib.base.rows import DataError, decoded, lines_of, rows_of, validated, write_atomic
+from lwzlib.base.rows import DataError, read_text, rows_of, validated, write_atomic
 from lwzlib.cli.options import KeyEnv, Overrides, Seed, endpoint
 from lwzlib.data.word_ranges import Range, stated, with_length
 from lwzlib.method.text import count_words, parse, shown
@@ -97,7 +97,7 @@ def _requests(request: str, source: str, words: str) -> list[_Asked]:
     if source.endswith(".txt"):
         if not Path(source).is_file():
             raise DataError(f"no file {source}")
-        lines = [decoded(line, source).strip() for line in lines_of(source)]
+        lines = [line.strip() for line in read_text(source).split("\n")]
         requests = [_Asked(query=line) for line in lines if line]
     elif source:
         requests = [validated(place, row, _Asked) for place, row in rows_of(source)]

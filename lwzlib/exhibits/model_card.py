@@ -16,7 +16,7 @@ from lwzlib.base.marks import shown
 from lwzlib.base.models import load_tokenizer
 from lwzlib.base.quantities import Prompt
 from lwzlib.base.rows import CARD_MARK, RunError, read_json, read_yaml, write_atomic
-from lwzlib.base.run_folder import provenance_of, status_of
+from lwzlib.base.run_folder import has_model, provenance_of, status_of
 from lwzlib.evaluate.intervals import bootstrap_mean
 from lwzlib.evaluate.length_control import length_table
 from lwzlib.exhibits.run_tables import (
@@ -171,5 +171,5 @@ def _measured(root: Path, arm: str) -> dict:
 
 def write_cards(root: str | Path) -> list[Path]:
     """Write the card of every arm in a run folder whose training is finished."""
-    stages = [path.parent for name in ("grpo", "sft") for path in sorted(Path(root).glob(f"*/{name}/model"))]
-    return [write_card(root, stage.parent.name) for stage in stages if status_of(stage).get("state") == "finished"]
+    stages = [stage for name in ("grpo", "sft") for stage in sorted(Path(root).glob(f"*/{name}"))]
+    return [write_card(root, stage.parent.name) for stage in stages if has_model(stage)]

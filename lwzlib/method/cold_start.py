@@ -19,7 +19,7 @@ from lwzlib.base.run_folder import Run
 from lwzlib.method import prompts
 from lwzlib.method.queries import load_queries
 from lwzlib.method.sampling import completions
-from lwzlib.method.text import count_words, split_sentences
+from lwzlib.method.text import count_words, split_sentences, whole_sentences
 
 
 def cold_start(recipe: Recipe, run: Run) -> Path:
@@ -53,7 +53,7 @@ def _documents(recipe: Recipe, run: Run, model, tokenizer) -> list[dict]:
     sampling = Sampling(temperature=recipe.cold_start.temperature, top_p=1.0, max_new_tokens=recipe.cold_start.max_new_tokens)
     documents = []
     for i, text, *_ in completions(model, tokenizer, framed, sampling, recipe.samples.batch_completions, run.seed):
-        (lower, upper), whole = asked[i].word_range, text[: max(map(text.rfind, ".!?。！？")) + 1] or text
+        (lower, upper), whole = asked[i].word_range, whole_sentences(text, folded=False)
         answer = "\n\n".join(" ".join(paragraph.split()) for paragraph in whole.split("\n\n") if paragraph.strip())
         if (i + 1) % 8 == 0:
             print(f"cold start: answer {i + 1}/{len(asked)}", flush=True)

@@ -190,8 +190,8 @@ def count_passages(text: str) -> list[tuple[str, int]]:
     return passages
 
 
-def whole_sentences(text: str) -> str:
-    """The text with white space folded and without a last sentence that was cut short (unless it is the only one)."""
-    folded = " ".join(text.split())
-    end = max(folded.rfind(stop) for stop in ".!?。！？")
-    return folded[: end + 1] or folded
+def whole_sentences(text: str, folded: bool = True) -> str:
+    """The text, its white space `folded`, without a last sentence that was cut short (unless it is the only one)."""
+    text = " ".join(text.split()) if folded else text
+    end = max(text.rfind(stop) for stop in ".!?。！？")
+    return text[: end + 1] or text

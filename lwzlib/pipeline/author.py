@@ -9,7 +9,7 @@ from lwzlib.base.models import load_model
 from lwzlib.base.quantities import Decoding, nearest_name
 from lwzlib.base.recipe import Recipe, flatten, load_recipe, presets
 from lwzlib.base.rows import RunError, read_yaml
-from lwzlib.base.run_folder import status_of
+from lwzlib.base.run_folder import has_model, status_of
 from lwzlib.endpoints import llm, streams
 from lwzlib.endpoints.llm import Written
 from lwzlib.endpoints.streams import Show
@@ -104,8 +104,7 @@ def _any_stage(folder: Path) -> Path | None:
 def _trained(folder: Path) -> dict[str, Path]:
     """Stages that left a model, by the name of the arm, or of the stage where the arms share it."""
     stages = [*(folder / name for name in _SHARED), *sorted(folder.glob("*/grpo")), *sorted(folder.glob("*/sft"))]
-    return {stage.name if stage.parent == folder else stage.parent.name: stage for stage in stages
-            if (stage / "model").is_dir() and status_of(stage).get("state") == "finished"}
+    return {stage.name if stage.parent == folder else stage.parent.name: stage for stage in stages if has_model(stage)}
 
 
 def _kept(stage: Path, folder: Path, arm: str) -> dict:
