@@ -32,17 +32,27 @@ def tcmalloc() -> str:
     return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc") or ""
 
 
-def forget_peak_memory() -> None:
-    """Let `peak_memory_gib` begin anew, where the system has that (Linux)."""
+def forget_peak_memory() -> float:
+    """Let the peak memory of this process begin anew, where the system has that (most Linux). Returns in GiB the peak that it
+    could not forget, of larger work done before; 0 where none is left."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    peak, now = _memory_gib("VmHWM"), _memory_gib("VmRSS")
+    return peak if peak > now + 0.05 else 0.0  # just forgotten, the peak is the present memory, counted a little differently
 
 
-def peak_memory_gib() -> float:
-    """Most memory that this process has had at once (resident, without that of a GPU), in GiB; NaN where it is not known."""
+def peak_memory_gib(earlier_gib: float = 0.0) -> float | None:
+    """Most memory that this process has had at once (resident, without that of a GPU), in GiB; None where it is not known, or
+    not above `earlier_gib`, the peak of `forget_peak_memory`."""
+    peak = _memory_gib("VmHWM")
+    return peak if peak > earlier_gib else None
+
+
+def _memory_gib(field: str) -> float:
+    """A size from Linux's account of this process; NaN on another system."""
     with contextlib.suppress(OSError):
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(peak[1]) / 2**20 if peak else math.nan
+        size = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(size[1]) / 2**20 if size else math.nan
     return math.nan
 
 

@@ -106,7 +106,7 @@ class Run:
             rebuilt = self._last_checkpoint() if self.status.get("state") == "damaged" else {}
             self.update(state="running", pid=os.getpid(), host=platform.node(), **rebuilt)
             started, before, peak = time.time(), self.status.get("wall_s", 0.0), self.status.get("host_peak_gib", 0.0)
-            forget_peak_memory()
+            earlier = forget_peak_memory()
             state = "failed"
             try:
                 yield
@@ -117,7 +117,7 @@ class Run:
             finally:
                 with contextlib.suppress(OSError, RunError):  # a full disk must not hide the error that it caused
                     self.update(state=state, wall_s=round(before + time.time() - started, 1),
-                                host_peak_gib=round(max(peak, peak_memory_gib()), 2))
+                                host_peak_gib=_largest(peak, peak_memory_gib(earlier)))
 
     def _keep(self, made: dict) -> None:
         """Write the provenance; of a resumed run, add what else made the rest of its rows: another commit, changed files,
@@ -179,6 +179,11 @@ def _status(folder: Path) -> dict:
         return {}
     except DataError:
         return {"state": "damaged"}
+
+
+def _largest(*peaks_gib: float | None) -> float | None:
+    """Largest of the peaks; None if one of them is not known."""
+    return None if None in peaks_gib else round(max(peaks_gib), 2)
 
 
 def provenance_of(folder: Path) -> dict:
