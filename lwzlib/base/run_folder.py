@@ -183,7 +183,8 @@ def _status(folder: Path) -> dict:
 
 def _largest(*peaks_gib: float | None) -> float | None:
     """Largest of the peaks; None if one of them is not known."""
-    return None if None in peaks_gib else round(max(peaks_gib), 2)
+    known = [peak for peak in peaks_gib if peak is not None]
+    return round(max(known), 2) if len(known) == len(peaks_gib) else None
 
 
 def provenance_of(folder: Path) -> dict:

@@ -7,11 +7,11 @@ import typer
 
 from lwzlib.base.kit import SMOLLM2
 from lwzlib.base.paths import RUNS
-from lwzlib.cli.options import say
+from lwzlib.cli.options import CLUSTER, say
 
 app = typer.Typer()
 checks = typer.Typer(no_args_is_help=True, help="Try the real thing in small on this machine.")
-app.add_typer(checks, name="check")
+app.add_typer(checks, name="check", rich_help_panel=CLUSTER)
 
 
 @checks.callback()

@@ -5,43 +5,62 @@ import shutil
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from lwzlib.base.kit import PARTS, cache, is_prepared
 from lwzlib.base.paths import TEXTS
 from lwzlib.base.processes import tcmalloc
-from lwzlib.base.recipe import load_recipe
+from lwzlib.base.recipe import load_recipe, presets
 from lwzlib.base.rows import read_yaml
-from lwzlib.cli.options import Overrides, out, say
+from lwzlib.cli.options import START, Overrides, out, say
 
 app = typer.Typer()
 _PROGRAMS = {"Slurm": "sbatch", "Chromium": "chromium"}
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def doctor(recipe: Annotated[str | None, typer.Argument(help="Check what this one needs.")] = None,
            sets: Overrides = None):
-    """Say what is missing, what that disables, and how to mend it; with RECIPE, whether it can run (launch: slurm: on the
-    nodes that the profile asks for). Exit code 1 if it cannot; without RECIPE, if nano cannot."""
+    """Say what this machine can run, and what is missing.
+
+    What a missing part disables, and how to get it. With RECIPE: whether it can run (launch: slurm: on the nodes that the
+    profile asks for). Exit code 1 if it cannot; without RECIPE, if nano cannot."""
     if recipe:
         raise typer.Exit(int(not _can_run(recipe, sets)))
-    table, missing, parts = Table("", "part", "found", "without it", "how to mend"), set(), read_yaml(TEXTS / "doctor.yaml")
-    for part, (disables, mend) in (parts["needed"] | parts["useful"]).items():
+    table, missing, parts = Table("", "part", "found", box=box.SIMPLE_HEAD), set(), read_yaml(TEXTS / "doctor.yaml")
+    for part, (affects, mend) in (parts["needed"] | parts["useful"]).items():
         if place := _place(part):
-            table.add_row("ok", part, place, disables, "")
+            table.add_row("ok", part, place)
         else:
             missing.add(part)
-            table.add_row("--", part, "no", disables, escape(mend))
+            table.add_row("--", part, escape(f"missing; affects {affects}\nto mend it: {mend}"))
     out.print(table)
-    raise typer.Exit(int(bool(missing & set(parts["needed"]))))
+    if unmet := [part for part in parts["needed"] if part in missing]:
+        say(f"This machine cannot run recipe nano before it has {', '.join(unmet)}.", markup=False)
+    else:
+        say(_summary(parts["recipes"]), markup=False)
+    raise typer.Exit(int(bool(unmet)))
+
+
+def _summary(takes: dict[str, str]) -> str:
+    """One sentence: which recipes this machine can run, and what each takes, where that was measured."""
+    from lwzlib.cluster import readiness
+
+    can = []
+    for name in presets():
+        recipe, checks = load_recipe(name), set(readiness.CHECKS) - set(readiness.HARMLESS)
+        if not readiness.reasons(recipe, readiness.place_of(recipe), checks):
+            can.append(f"{name} ({takes[name]})" if name in takes else name)
+    return f"This machine can run {', '.join(can) or 'no recipe'}. `lwz doctor <recipe>` says why another cannot run."
 
 
 def _can_run(name: str, sets: list[str] | None) -> bool:
     """Show each check of a recipe, and in one line whether it can run."""
     from lwzlib.cluster import readiness
 
-    recipe, table, why = load_recipe(name, sets), Table("", "check", "what is wrong"), []
+    recipe, table, why = load_recipe(name, sets), Table("", "check", "what is wrong", box=box.SIMPLE_HEAD), []
     place = readiness.place_of(recipe)
     for check, look in readiness.CHECKS.items():
         reason = look(recipe, place)

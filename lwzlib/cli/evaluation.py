@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lwzlib.base.recipe import parse_overrides
 from lwzlib.base.rows import DataError, read_rows, write_atomic, write_rows
-from lwzlib.cli.options import KeyEnv, Requests, endpoint, out, say
+from lwzlib.cli.options import EVALUATE, KeyEnv, Requests, endpoint, out, say
 from lwzlib.evaluate import TIE_MARGIN, rating_sheet
 
 app = typer.Typer()
@@ -24,7 +24,7 @@ ModelName = Annotated[str, typer.Option(help="Its name there.")]
 Requirements = Annotated[str, typer.Option(help="WritingBench's folder of style, format and length subsets.")]
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def generate(bench: Annotated[str, typer.Argument(help="writingbench, longbench, arena, or queries (the kit's held-out).")],
              model: Annotated[str, typer.Argument(help="A folder, kit:<name>, a hub name, or its name at --base-url.")],
              to: Annotated[Path, typer.Option(help="The responses; what is known of each goes to <to>.rows.jsonl.")],
@@ -35,7 +35,9 @@ def generate(bench: Annotated[str, typer.Argument(help="writingbench, longbench,
              decoding: Annotated[list[str] | None, typer.Option(
                  help="Another decoding than the benchmark's: max_new_tokens=2000; repeatable")] = None,
              sets: Requests = None):
-    """Write a model's completions of a benchmark's requests, with the benchmark's sampling; the same command goes on."""
+    """Write a model's completions of a benchmark's requests.
+
+    With the benchmark's sampling. The same command continues where it stopped."""
     from lwzlib.endpoints import engines
     from lwzlib.evaluate import benches
 
@@ -50,13 +52,15 @@ def generate(bench: Annotated[str, typer.Argument(help="writingbench, longbench,
     say(f"{to}: {len(rows) - refused} responses, {truncated} of them truncated; {refused} requests refused")
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def judge(bench: Bench, responses: Path, to: Annotated[Path, typer.Option(help="The score file.")],
           base_url: BaseUrl, model: ModelName, source: Source = "",
           samples: Annotated[int, typer.Option(help="Judgments of the same.")] = 1, requirements: Requirements = "",
           api_key_env: KeyEnv = "OPENAI_API_KEY", sets: Requests = None):
-    """Let a language model score responses, by the benchmark's own protocol, into its own score file; then aggregate. The
-    same command goes on where it stopped, and asks nothing again that was answered."""
+    """Let a language model score responses; then aggregate.
+
+    By the benchmark's own protocol, into its own score file. The same command continues where it stopped, and asks nothing
+    again that was answered."""
     from lwzlib.evaluate import common
 
     module, items = _protocol(bench, source)
@@ -67,13 +71,15 @@ def judge(bench: Bench, responses: Path, to: Annotated[Path, typer.Option(help="
     aggregate(bench, to, source, responses, requirements)
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def aggregate(bench: Bench, scores: Path, source: Source = "",
               responses: Annotated[Path | None, typer.Option(help="For LongBench-Write's length score.")] = None,
               requirements: Requirements = "",
               to: Annotated[Path | None, typer.Option(help="Also write the table, unrounded: a .csv or .json file.")] = None):
-    """A score file's table, with 95% intervals over queries: the benchmark's scores and those of its parts. SCORES may be a
-    folder of score files, one per model."""
+    """Make a table of a score file, with 95% intervals.
+
+    The benchmark's scores and those of its parts; the intervals are over queries. SCORES may be a folder of score files, one
+    per model."""
     import pandas as pd
 
     from lwzlib.evaluate import common
@@ -118,7 +124,7 @@ def _protocol(bench: str, source: str):
     return modules[bench], benches.read_bench(bench, source)[1]
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def arena(source: Annotated[str, typer.Argument(help="A run folder with samples, or Arena-Write's file or hub:<...>.")],
           anchor: Anchor = "",
           player: Annotated[list[str] | None, typer.Option(help="name=FILE of `lwz generate`: one more; repeatable")] = None,
@@ -126,7 +132,9 @@ def arena(source: Annotated[str, typer.Argument(help="A run folder with samples,
           writing_rm: Annotated[str, typer.Option(help="Judge by score: a Writing RM's folder. Default: the run's own.")] = "",
           margin: Annotated[float, typer.Option(help="Scores that differ by no more are a tie.")] = TIE_MARGIN,
           base_url: BaseUrl = "", model: ModelName = "", api_key_env: KeyEnv = "OPENAI_API_KEY", sets: Requests = None):
-    """Judge every pair of models on the requests, in both orders; Elo with intervals."""
+    """Judge every pair of models; Elo with intervals.
+
+    Each pair is judged in both orders."""
     from lwzlib.evaluate import arena as arenas
 
     run = Path(source) if Path(source).is_dir() else None
@@ -145,11 +153,13 @@ def arena(source: Annotated[str, typer.Argument(help="A run folder with samples,
     _show_ratings(judgments, anchor)
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def elo(judgments: Annotated[list[Path], typer.Argument(help="JSONL files: of `lwz arena`, of `lwz unblind`, or your own.")],
         anchor: Anchor = ""):
-    """Bradley-Terry Elo with intervals over queries, and win rates against the anchor, from recorded judgments: rows {query_id,
-    first, second, winner: first, second, tie or null, judge, reason}, where first and second are models in the order shown."""
+    """Compute Elo and win rates from recorded judgments.
+
+    Bradley-Terry, with intervals over queries, and win rates against the anchor. Rows are {query_id, first, second, winner:
+    first, second, tie or null, judge, reason}, where first and second are models in the order shown."""
     import pandas as pd
 
     from lwzlib.evaluate.arena import read_judgments
@@ -157,10 +167,12 @@ def elo(judgments: Annotated[list[Path], typer.Argument(help="JSONL files: of `l
     _show_ratings(pd.concat([read_judgments(path) for path in judgments], ignore_index=True), anchor)
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def rate(run_dir: RunDir, to: Path = Path("rate.html"), pairs_per_query: int = 1, seed: int = 0,
          before: Annotated[bool, typer.Option(help="Also what the arms wrote before training.")] = False):
-    """Write a page on which a person rates the arms' held-out texts blind, two side by side; its key stands beside it."""
+    """Make a page on which a person rates texts blind.
+
+    Held-out texts of the arms, two side by side; the key stands beside the page."""
     from lwzlib.evaluate.arena import samples_of_run
 
     samples = {name: rows for name, rows in samples_of_run(run_dir).items() if before or not name.endswith(" before")}
@@ -168,10 +180,10 @@ def rate(run_dir: RunDir, to: Path = Path("rate.html"), pairs_per_query: int = 1
     say(f"open {page}; keep {rating_sheet.key_of(page)} for `lwz unblind`")
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def unblind(export: Path, key: Path,
             to: Annotated[Path | None, typer.Option(help="The judgments; default: the export's name, with .jsonl.")] = None):
-    """Turn what a rater exported into the arena's judgments, for `lwz elo`."""
+    """Turn a rater's export into judgments, for `lwz elo`."""
     rows, to = rating_sheet.unblind(export, key), to or export.with_suffix(".jsonl")
     if others := {row["judge"] for row in read_rows(to)} - {row["judge"] for row in rows}:
         raise DataError(f"{to} holds the judgments of {', '.join(sorted(others))}: give --to another file (`lwz elo` takes "

@@ -8,17 +8,19 @@ from rich.table import Table
 
 from lwzlib.base.paths import FIGURES
 from lwzlib.base.rows import DataError
-from lwzlib.cli.options import Seeds, out, seed_numbers
+from lwzlib.cli.options import EXHIBITS, Seeds, out, seed_numbers
 from lwzlib.pipeline.stages import of_seed
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=EXHIBITS)
 def figures(results: Path = FIGURES / "results", published: Path = FIGURES / "published",
             folder: Path = Path("figures/out"),
             runs: Annotated[Path, typer.Option(help="Run folders in here add their completions to the page.")] = Path("runs")):
-    """Draw every exhibit of the paper from committed rows, as PDF, SVG, PNG, and the page index.html: no network, no GPU."""
+    """Draw every exhibit of the paper, and the page of them.
+
+    From committed rows, as PDF, SVG and PNG: no network, no GPU."""
     from lwzlib.exhibits.catalogue import write_exhibits
     from lwzlib.exhibits.page import write_page
     from lwzlib.exhibits.results import read_tables
@@ -28,12 +30,14 @@ def figures(results: Path = FIGURES / "results", published: Path = FIGURES / "pu
     out.print(f"{folder}: {len(written)} files\n{write_page(tables, folder, runs)}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=EXHIBITS)
 def export(run_dirs: list[Path],
            to: Annotated[Path, typer.Option(help="Such as figures/results/mine.csv; what is there is replaced.")],
            seeds: Seeds = ""):
-    """Write the rows of finished runs, with their provenance, as tables that `lwz figures` draws: those of RL to `to`, those
-    of the held-out samples and of the pretraining mixture beside it."""
+    """Write the rows of finished runs as tables to commit.
+
+    With their provenance: the rows of RL to `--to`, those of the held-out samples and of the pretraining mixture beside it.
+    `lwz figures` draws them."""
     from lwzlib.exhibits import run_tables
 
     if seeds:
@@ -46,7 +50,7 @@ def export(run_dirs: list[Path],
         out.print(f"{path}: {rows} rows", highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=EXHIBITS)
 def report(run_dir: Path):
     """Write report.html for a run folder."""
     from lwzlib.exhibits.page import write_report
@@ -54,10 +58,12 @@ def report(run_dir: Path):
     out.print(write_report(run_dir), highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=EXHIBITS)
 def claims(results: Path = FIGURES / "results", ledger: Path = FIGURES / "claims.yaml",
            markdown: Annotated[bool, typer.Option(help="As a Markdown table.")] = False):
-    """Print the claims ledger: what the paper says, what was measured here, and the verdict that follows from the rows."""
+    """Print the claims ledger: each claim and its verdict.
+
+    What the paper says, what was measured here, and the verdict that follows from the rows."""
     from lwzlib.exhibits import claims as book
     from lwzlib.exhibits.results import read_tables
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.table import Column, Table
 
 from lwzlib.base import kit
@@ -17,6 +18,8 @@ from lwzlib.base.recipe import flatten, load_recipe
 from lwzlib.base.rows import read_json, rows_of
 from lwzlib.cli import check, doctor, evaluation, exhibits, jobs, push, rewards, write
 from lwzlib.cli.options import (
+    START,
+    TRAIN,
     KeyEnv,
     Overrides,
     Requests,
@@ -37,16 +40,18 @@ from lwzlib.pipeline.stages import run_stage, stage_run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="The LongWriter-Zero reproduction kit.")
-for commands in (evaluation, exhibits, jobs, rewards, doctor, check, push, write):
+for commands in (doctor, write, rewards, evaluation, exhibits, push, jobs, check):
     app.add_typer(commands.app)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None, seeds: Seeds = "",
         share: Annotated[str, typer.Option(
             help="With --seeds: stages that the first seed does for all, beside those that no seed changes. With writing-rm or "
                  "cold-start the interval over seeds does not cover what another one would change.")] = ""):
-    """Execute the notebooks of a recipe in order, into its run folder; running it again continues."""
+    """Run a recipe whole: every notebook, every arm, a report.
+
+    It goes into a run folder; the same command continues there."""
     loaded, folder = recipe_and_folder(recipe, sets, seed, run_dir)
     if seed and seeds:
         raise typer.BadParameter(f"give --seed {seed} or --seeds {seeds}, not both")
@@ -59,11 +64,13 @@ def run(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = N
             notebooks.run_notebooks(loaded, folder, seed, recipe, sets or [])
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None,
           arm: Annotated[str, typer.Option(help="For the stages of an arm.")] = ""):
-    """Do one stage here (or several: a,b), after those it needs: cold-start, pairs, writing-rm, judge, corpus, distil, pack,
-    pretrain; of an arm: samples-before, grpo or sft, samples-during, samples-after."""
+    """Do one stage, or several (a,b), after those it needs.
+
+    Stages: cold-start, pairs, writing-rm, judge, corpus, distil, pack, pretrain; of an arm: samples-before, grpo or sft,
+    samples-during, samples-after."""
     from lwzlib.cluster.readiness import check_stage
 
     end_with_parent()
@@ -80,19 +87,22 @@ def stage(name: str, recipe: str, sets: Overrides = None, seed: Seed = 0, run_di
     end_rank()
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def status(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
-    """The arms and stages of a run: what is done, running, to do, and how long each took. RECIPE may be a run folder, of which
-    it shows what was started."""
+    """Show which stages of a run are done, running or to do.
+
+    Also the seconds and the memory that each took. RECIPE may be a run folder, of which it shows what was started."""
     if Path(recipe).is_dir():
         return notebooks.show_stages(Path(recipe), notebooks.stages_found(recipe))
     loaded, folder = recipe_and_folder(recipe, sets, seed, run_dir)
     notebooks.show_stages(folder, notebooks.overview(loaded, folder, seed))
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def corpus(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
-    """Read, clean, filter and tokenise the recipe's corpus; the same command goes on where it stopped."""
+    """Read, clean, filter and tokenise the recipe's corpus.
+
+    The same command continues where it stopped."""
     loaded, run_folder = recipe_and_folder(recipe, sets, seed, run_dir)
     with resumable():
         folder = run_stage("corpus", loaded, run_folder, seed)
@@ -103,49 +113,35 @@ def corpus(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir 
     out.print(table)
 
 
-@app.command(name="recipe")
-def show_recipe(name: str, sets: Overrides = None):
-    """Show a recipe beside the published setting, with the confidence of each published value."""
+@app.command(name="recipe", rich_help_panel=START)
+def show_recipe(name: str, sets: Overrides = None,
+                every: Annotated[bool, typer.Option("--all", help="Also the quantities that are as published.")] = False):
+    """Show in what a recipe departs from the published setting.
+
+    With the confidence of each published value; --all shows what is the same, too."""
     loaded = load_recipe(name, sets)
     here, paper = (flatten(known.model_dump(exclude={"arms"})) for known in (loaded, load_recipe("paper")))
-    marks = published_marks()
+    marks, same = published_marks(), [key for key in here if here[key] == paper.get(key)]
     table = Table(Column("quantity", no_wrap=True), Column("here", overflow="fold"), Column("paper", overflow="fold"), "",
-                  "note", title=f"recipe {name}")
+                  title=f"recipe {name}", box=box.SIMPLE_HEAD)
     for key, value in here.items():
-        mark, note = marks.get(key, ("", ""))
-        published = paper.get(key)
-        table.add_row(key, str(value), str(published), mark, note, style="bold" if value != published else "dim")
-    out.print(table, "Bold: departs from the paper. A, B: published. N: not published, chosen by this kit.")
+        if every or key not in same:
+            mark, style = marks.get(key, ("",))[0], "dim" if key in same else "bold"
+            table.add_row(key, str(value), str(paper.get(key)), mark, style=style)
+    out.print(table, "A, B: published. N: not published, chosen by this kit. The reasons: docs/departures.md." +
+              ("" if every else f" {len(same)} quantities are as published: --all."))
 
 
-@app.command()
-def estimate(recipe: str, sets: Overrides = None,
-             nodes: Annotated[int | None, typer.Option(help="Default: distributed.nodes of the recipe.")] = None,
-             gpus: Annotated[int | None, typer.Option(help="A node; default: distributed.processes of the recipe.")] = None,
-             gpu: Annotated[str, typer.Option(help="h800, h100, h200 or a100.")] = "h800",
-             gpu_gib: Annotated[float | None, typer.Option(help="Memory of a GPU, where it is another.")] = None,
-             mean_tokens: Annotated[float | None, typer.Option(help="Of a completion; default: half of the most.")] = None):
-    """Memory of a GPU in each stage that trains, disk, and seconds and GPU-hours of GRPO, with the arithmetic. Exit code 1 for
-    a recipe that cannot fit."""
-    from lwzlib.cluster.plan_pages import planned, show_plan
-
-    plan = planned(recipe, sets, nodes, gpus, gpu, gpu_gib, mean_tokens)
-    reasons = show_plan(plan, out)
-    for reason in reasons:
-        print(f"lwz: recipe {recipe} cannot run on {plan.gpus} x {plan.gpu.name}: {reason}", file=sys.stderr)
-    raise typer.Exit(int(bool(reasons)))
-
-
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def prepare(tiny: Annotated[bool, typer.Option(help="Only the random model for tests.")] = False):
-    """Make the embedded models and books once, in the cache: download, check, convert."""
+    """Make the embedded models and books, once, in the cache."""
     for name in (kit.TINY,) if tiny else kit.PARTS:
         ready = kit.is_prepared(name)
         folder = kit.prepare(name, lambda line: out.print(f"  {line}", highlight=False))
         say(f"{name}: {'already in' if ready else 'made in'} {folder}")
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def curate(source: Annotated[str, typer.Argument(help="kit:<name>, a .jsonl file with `query` a line, or hub:<dataset>.")],
            to: Annotated[Path, typer.Argument(help="A .jsonl file; rejects and replies are written beside it.")],
            base_url: Annotated[str, typer.Option(help="OpenAI-compatible, such as http://127.0.0.1:8000/v1.")],
@@ -153,7 +149,9 @@ def curate(source: Annotated[str, typer.Argument(help="kit:<name>, a .jsonl file
            api_key_env: KeyEnv = "OPENAI_API_KEY", sets: Requests = None,
            budget_requests: Annotated[int, typer.Option(help="Stop after so many; 0 = no limit.")] = 0,
            budget_tokens: Annotated[int, typer.Option(help="Stop after so many, read and written; 0 = no limit.")] = 0):
-    """Keep the queries that need long writing, with the word range each needs; the same command goes on where it stopped."""
+    """Keep the queries that need long writing, with word ranges.
+
+    A language model judges them. The same command continues where it stopped."""
     from lwzlib.data import curate as curation
 
     settings = endpoint(base_url, model, api_key_env, sets, budget_requests=budget_requests, budget_tokens=budget_tokens)

@@ -16,6 +16,9 @@ from lwzlib.pipeline.stages import run_folder
 
 out = Console()
 say = functools.partial(out.print, highlight=False, soft_wrap=True)  # a line of text as it is
+# Groups of commands in `lwz --help`, in their order
+START, TRAIN, JUDGE, EVALUATE, EXHIBITS, CLUSTER = (
+    "Start here", "Prepare and train", "Rewards and judges", "Evaluate", "Exhibits and models", "Cluster and GPU")
 Overrides = Annotated[list[str] | None, typer.Option("--set", "-s", help="name=value, such as grpo.steps=5; repeatable")]
 Seed = Annotated[int, typer.Option(help="Every random choice follows from it.")]
 RunDir = Annotated[Path | None, typer.Option(help="Default: runs/<recipe>, or runs/<recipe>-seed<n>.")]

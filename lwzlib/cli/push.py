@@ -7,7 +7,7 @@ import typer
 from rich.table import Column, Table
 
 from lwzlib.base.rows import RunError, visible_files
-from lwzlib.cli.options import out, say
+from lwzlib.cli.options import EXHIBITS, out, say
 
 app = typer.Typer()
 _OF_A_MODEL = (".safetensors", ".json", ".jinja", ".txt", ".model")  # weights, tokenizer; nothing of the training
@@ -17,12 +17,14 @@ _HINTS = {401: "the token is not valid there: make one that may write, and `hf a
           409: "somebody else changes that repository at the moment: try again"}
 
 
-@app.command()
+@app.command(rich_help_panel=EXHIBITS)
 def push(run_dir: Path, arm: Annotated[str, typer.Option(help="The arm whose model goes out.")],
          to: Annotated[str, typer.Option(help="user/name on the hub; it is made if it is not there.")],
          private: Annotated[bool, typer.Option(help="If it is made, nobody else sees it.")] = False,
          yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False):
-    """Upload an arm's model and its card, made anew, to the hub: with the token of HF_TOKEN or `hf auth login`."""
+    """Upload an arm's model and its card to the hub.
+
+    The card is made anew. The token is that of HF_TOKEN, or of `hf auth login`."""
     from lwzlib.exhibits.model_card import trained_stage, write_card
 
     folder = trained_stage(run_dir, arm) / "model"

@@ -13,7 +13,7 @@ from lwzlib.base.awaited import scores_of
 from lwzlib.base.kit import cache
 from lwzlib.base.recipe import Recipe, load_recipe
 from lwzlib.base.rows import read_text
-from lwzlib.cli.options import Overrides, RunDir, Seed, out, recipe_and_folder, resumable
+from lwzlib.cli.options import JUDGE, Overrides, RunDir, Seed, out, recipe_and_folder, resumable
 from lwzlib.endpoints.serve_rm import serve_command
 from lwzlib.method.text import count_words, parse
 from lwzlib.pipeline.stages import writing_judge
@@ -35,10 +35,12 @@ def _judged(recipe: str, writing_rm: str, *overrides) -> Recipe:
     return load_recipe(recipe, *overrides, judged, {"reward.weights.overlong": 0.0})
 
 
-@app.command()
+@app.command(rich_help_panel=JUDGE)
 def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: str = "nano",
           style: Literal["think", "direct"] = "think", query: str = "", writing_rm: RmFolder = ""):
-    """Rewards of a completion in a file, and the passages that repeat; the writing reward if a Writing RM is named."""
+    """Compute the rewards of a text in a file.
+
+    Also the passages that repeat; the writing reward if a Writing RM is named."""
     from lwzlib.method.rewards import build_rewards
 
     loaded = _judged(recipe, writing_rm, sets)
@@ -57,11 +59,13 @@ def score(text: Path, lower: int, upper: int, sets: Overrides = None, recipe: st
             out.print(f"{signal} {overlap.passages[later][:90]!r}", highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=JUDGE)
 def hacks(recipe: str = "nano", sets: Overrides = None, writing_rm: RmFolder = "",
           times: Annotated[float, typer.Option(help="Ask for so many times the words that the honest texts have.")] = 1,
           fusions: Annotated[bool, typer.Option("--fusions", help="Only the gains, by each way to combine rewards.")] = False):
-    """Attacks on the rewards: honest against hacked, and the advantage that each would get inside an honest group."""
+    """Attack the rewards, and show which attacks pay.
+
+    Honest text against hacked text, and the advantage that each would get inside an honest group."""
     from lwzlib.lab import fusions as ways
     from lwzlib.lab import hacks as suite
     from lwzlib.method.advantage import Fusion
@@ -91,10 +95,12 @@ def hacks(recipe: str = "nano", sets: Overrides = None, writing_rm: RmFolder = "
     out.print(table, "Bold: the hacked completion gets more than the honest one it was made from, in some group.")
 
 
-@app.command()
+@app.command(rich_help_panel=JUDGE)
 def judge_quality(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir = None):
-    """Measure the recipe's judge of writing on the held-out pairs of its run folder, beside those measured there before: how
-    often it prefers the better text, by kind of damage, with 95% intervals."""
+    """Measure a judge of writing on held-out pairs.
+
+    How often it prefers the better text, by kind of damage, with 95% intervals, beside the judges that were measured in this
+    run folder before."""
     from lwzlib.evaluate import judge_quality as quality
     from lwzlib.pipeline.stages import measure_judge
 
@@ -109,14 +115,16 @@ def judge_quality(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: 
     out.print(table, "A coin has 0.50. In brackets: Wilson's 95% interval.")
 
 
-@app.command()
+@app.command(rich_help_panel=JUDGE)
 def serve_rm(model: Annotated[Path, typer.Argument(help="Folder of a trained Writing RM.")],
              options: Annotated[list[str] | None, typer.Argument(help="Of vLLM: -- --data-parallel-size 2")] = None,
              host: Annotated[str, typer.Option(help="Loopback unless you say otherwise; then set LWZ_RM_TOKEN.")] = "127.0.0.1",
              port: int = 8017, dtype: Annotated[str, typer.Option(help="Default: the recipe's model.dtype.")] = "",
              recipe: Annotated[str, typer.Option(help="For vllm.tensor_parallel and vllm.memory_share.")] = "nano",
              sets: Overrides = None):
-    """Serve a Writing RM by vLLM, for reward.writing.url. On 4 GPUs: -s vllm.tensor_parallel=4."""
+    """Serve a Writing RM by vLLM, for reward.writing.url.
+
+    On 4 GPUs: -s vllm.tensor_parallel=4."""
     from lwzlib.base.rm_client import token
 
     command = serve_command(model, load_recipe(recipe, sets), host, port, dtype, options or [])

@@ -14,7 +14,7 @@ from lwzlib.base.processes import INTERRUPTED
 from lwzlib.base.provenance import commit_of, provenance
 from lwzlib.base.recipe import load_recipe
 from lwzlib.base.rows import DataError, read_text, rows_of, validated, write_atomic
-from lwzlib.cli.options import KeyEnv, Overrides, Seed, endpoint
+from lwzlib.cli.options import START, KeyEnv, Overrides, Seed, endpoint
 from lwzlib.data.word_ranges import Range, stated, with_length
 from lwzlib.method.text import count_words, parse, shown
 
@@ -47,7 +47,7 @@ class _Text(NamedTuple):
     exit_code: int
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def write(model: Annotated[str, typer.Argument(help="A run folder, a model's folder, kit:<name>, a hub name, or its name at "
                                                     "--base-url.")],
           request: Annotated[str, typer.Argument(help="What to write; or give --from.")] = "",
@@ -64,8 +64,10 @@ def write(model: Annotated[str, typer.Argument(help="A run folder, a model's fol
           to: Annotated[Path | None, typer.Option(help="Also write Markdown, with what made it.")] = None,
           plan: Annotated[bool, typer.Option(help="The plan too in that file.")] = False,
           force: Annotated[bool, typer.Option(help="Replace that file.")] = False, api_key_env: KeyEnv = "OPENAI_API_KEY"):
-    """Let a model write a text, and show it as it comes, the plan dimmed. Where stdout is no terminal, the answer alone goes
-    there. With --base-url, -s sampling.<name>=<value> sets a field of the request. Ctrl-C keeps what was written."""
+    """Let a model write a text, and show it as it comes.
+
+    The plan is dimmed. Where stdout is no terminal, only the answer goes there. With --base-url, -s sampling.<name>=<value>
+    sets a field of the request. Ctrl-C keeps what was written."""
     requests = _requests(request, source, words)
     if to and (to.suffix != ".md" or not to.parent.is_dir()):
         raise DataError(f"--to {to}: must end in .md, in a folder that exists")
