@@ -1,19 +1,30 @@
-"""The page of departures is what the recipes say, the glossary points to what is there, and the kit says how to cite it."""
+"""Pages say what is: made tables are fresh, links lead somewhere, commands exist, the kit says how to cite it."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 
-from lwzlib.base.marks import PAGE, published_marks, reasons, rewritten_page, table_rows
-from lwzlib.base.recipe import Recipe, departures, load_recipe
+from lwzlib.base.marks import PAGE, made_part, published_marks, reasons, table_rows
+from lwzlib.base.pages import remade
+from lwzlib.base.recipe import Recipe, departures, load_recipe, presets
+from lwzlib.cli import main
+from lwzlib.exhibits import results_page
 from lwzlib.method.text import has_han
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = [name for name in Recipe.model_fields if name not in ("name", "arms")]
 TERMS = re.findall(r"^### ([^\n]+?) · ([^\n]+)\n(.*?)\n\n(.*?)\n\nWhere: ([^\n]+)$",
                    (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("cluster_jobs/*.md"))]
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+LINKS = [(page, target) for page in PAGES for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]) if "://" not in target]
+_COMMAND = re.compile(r"(?:^|[`;&] *)(?:\.venv/bin/)?(lwz [^`;&\n]+?)(?: {2,}#[^\n]*)?(?=$|[`;&])", re.MULTILINE)
+COMMANDS = sorted({command for page in PAGES for command in _COMMAND.findall(re.sub(r" *\\\n *", " ", TEXT[page]))})
 
 
 def quantities(page):
@@ -22,11 +33,47 @@ def quantities(page):
 
 def test_the_page_of_departures_is_what_the_recipes_say():
     page = PAGE.read_text(encoding="utf-8")
-    assert rewritten_page(page) == page, "stale: run `python -m lwzlib.base.marks`"
+    assert remade(page, made_part) == page, "stale: run `python -m lwzlib.base.marks`"
     missing, changed = page.split("## 2 ")
     marked = {name for name, (mark, _) in published_marks().items() if mark == "N"}
     assert sorted(quantities(missing)) == sorted(marked)
     assert sorted(quantities(changed)) == sorted(name for name, *_ in departures(load_recipe("nano")))
+
+
+@pytest.mark.parametrize("page", results_page.PAGES, ids=lambda page: page.name)
+def test_numbers_and_verdicts_are_those_of_the_committed_rows(page):
+    assert "<!-- made: " in TEXT[page]
+    assert remade(TEXT[page], results_page.made_part) == TEXT[page], "stale: run `python -m lwzlib.exhibits.results_page`"
+
+
+def test_the_readme_is_read_in_minutes():
+    assert len(TEXT[ROOT / "README.md"].splitlines()) <= 120
+
+
+def _anchor(heading):
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize(("page", "target"), LINKS, ids=[f"{page.name}:{target}" for page, target in LINKS])
+def test_a_link_leads_to_a_file_and_its_heading(page, target):
+    path, _, anchor = target.partition("#")
+    linked = (page.parent / path).resolve() if path else page
+    assert linked.exists()
+    if anchor:
+        assert anchor in map(_anchor, re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_a_page_is_one_that_lwz_takes(command):
+    """Parsed by the command itself and its recipe loaded, but not run; a page may name a command without its arguments."""
+    _, verb, *words = shlex.split(command)
+    told = get_command(main.app).commands[verb]
+    if words and hasattr(told, "commands"):
+        verb, told, words = words[0], told.commands[words[0]], words[1:]
+    if words:
+        given = told.make_context(verb, words).params
+        if given.get("recipe") in presets():
+            assert load_recipe(given["recipe"], given.get("sets"))
 
 
 def test_every_choice_has_a_reason():

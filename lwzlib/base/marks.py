@@ -6,16 +6,16 @@ In `paper.yaml` each quantity carries `# A`, `# B` or `# N: why this value`; in 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
+from lwzlib.base.pages import markdown_table, rewrite
 from lwzlib.base.paths import DOCS
 from lwzlib.base.recipe import departures, flatten, is_open, load_recipe, recipe_path
 
 PAGE = DOCS / "departures.md"
-_TABLE = re.compile(r"(<!-- table: (?P<kind>not published|[\w-]+): (?P<sections>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def reasons(source: str | Path) -> dict[str, str]:
@@ -69,20 +69,12 @@ def shown(value) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def rewritten_page(page: str) -> str:
-    """The page with every table made anew."""
-    return _TABLE.sub(lambda match: match[1] + _markdown(match["kind"], match["sections"].split()) + match[4], page)
-
-
-def _markdown(kind: str, sections: list[str]) -> str:
+def made_part(name: str) -> str:
+    """Part of the page of departures, by the name in its mark: `not published: <sections>` or `<preset>: <sections>`."""
+    kind, sections = name.split(": ")
     heads = ("quantity", "`paper`", *([f"`{kind}`"] if kind != "not published" else []), "why")
-    rows = [(f"`{name}`", *cells) for name, *cells in table_rows(kind, sections)]
-    return "".join(map(_markdown_line, (heads, ["---"] * len(heads), *rows)))
-
-
-def _markdown_line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+    return markdown_table(heads, ((f"`{quantity}`", *cells) for quantity, *cells in table_rows(kind, sections.split())))
 
 
 if __name__ == "__main__":
-    PAGE.write_text(rewritten_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    rewrite(PAGE, made_part)

@@ -202,7 +202,7 @@ def _values(tables: Tables, term: str, column: str) -> pd.Series | None:
 
 
 def ledger_markdown(entries: list[Entry]) -> str:
-    """The ledger as a Markdown table, for the README."""
+    """The ledger as a Markdown table."""
     lines = ["| claim | published | measured here | verdict |", "|---|---|---|---|"]
     for entry in entries:
         measured = "<br>".join([f"*{entry.setting}*", *map(str, entry.findings)]) if entry.findings else why_not_run(entry)

@@ -122,16 +122,15 @@ def held_out_changes(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def seed_table(folders: list[Path]) -> pd.DataFrame:
-    """Held-out rewards over seeds, a run folder each: of the seeds' means before and after, and of their change, the mean and
-    its 95% interval by Student's t, `_low` and `_high` (NaN for one seed). A row per arm and reward, with the seeds that have
-    both phases, what they share, and the commits that made them. Empty without such seeds."""
-    tables = [held_out_table(folder) for folder in folders]
-    changes = [held_out_changes(table).assign(seed=table.seed.iloc[0]) for table in tables if len(table)]
+def seed_table(samples: pd.DataFrame) -> pd.DataFrame:
+    """Held-out rewards over the seeds of held-out tables: of the seeds' means before and after, and of their change, the mean
+    and its 95% interval by Student's t, `_low` and `_high` (NaN for one seed). A row per arm and reward, with the seeds that
+    have both phases, what they share, and the commits that made them. Empty without such seeds."""
+    changes = [held_out_changes(table).assign(seed=seed) for seed, table in samples.groupby("seed")] if len(samples) else []
     changes = [rows for rows in changes if len(rows)]
     if not changes:
         return pd.DataFrame()
-    samples, rows = pd.concat(tables, ignore_index=True), []
+    rows = []
     for (arm, reward), of_seeds in pd.concat(changes).rename(columns={"difference": "change"}).groupby(
             ["arm", "reward"], sort=False):
         row = {"arm": arm, "reward": reward, "seeds": " ".join(map(str, of_seeds.seed))}

@@ -3,7 +3,6 @@
 `python -m lwzlib.lab.fusions` writes the tables and the picture of docs/rewards.md anew; the words around them stay.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lwzlib.base.pages import markdown_table, rewrite
 from lwzlib.base.paths import DOCS
 from lwzlib.base.recipe import Recipe, load_recipe
 from lwzlib.lab import hacks
@@ -31,7 +31,6 @@ _COLOURS = {"sum": "#0072B2", "zscore": "#D55E00", "minmax": "#CC79A7", "gdpo": 
 _CLIPPED = "#009E73"
 _STYLE = {"svg.hashsalt": "lwzlib", "svg.fonttype": "none", "font.size": 8, "axes.spines.top": False,
           "axes.spines.right": False, "legend.frameon": False}
-_MADE = re.compile(r"(<!-- made: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def of(recipe: Recipe) -> dict[str, Fusion]:
@@ -95,13 +94,13 @@ def picture(fusions: dict[str, Fusion], path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def rewritten_page(page: str) -> str:
-    """The page with every table made anew, by the recipe nano without a Writing RM."""
+def made_part(name: str) -> str:
+    """Table of the page by the name in its mark, by the recipe nano without a Writing RM."""
     recipe = load_recipe("nano", {"reward.weights.writing": 0.0})
     tables = {"every form holds": lambda: made_group(GROUP, of(recipe)),
               "a broken form": lambda: made_group(BROKEN, of(recipe)),
               "hacks at the length": lambda: _hacked(recipe, 1), "hacks at a quarter": lambda: _hacked(recipe, 4)}
-    return _MADE.sub(lambda match: match[1] + _markdown(tables[match[2]]()) + match[3], page)
+    return _markdown(tables[name]())
 
 
 def _hacked(recipe: Recipe, times: int) -> pd.DataFrame:
@@ -110,13 +109,11 @@ def _hacked(recipe: Recipe, times: int) -> pd.DataFrame:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    heads = [table.index.name, *table.columns]
     rows = [[str(name), *(f"{value:.2f}" if column in ("length", "format") else shown(value)
                           for column, value in row.items())] for name, row in table.iterrows()]
-    lines = [heads, ["---", *["--:"] * len(table.columns)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table([table.index.name, *table.columns], rows, numbers=True)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(rewritten_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    rewrite(PAGE, made_part)
     picture(of(load_recipe("nano")), PICTURE)

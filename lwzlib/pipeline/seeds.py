@@ -87,12 +87,14 @@ def _do_shared(recipe: Recipe, folders: dict[int, Path], share: list[str]) -> No
 
 def _show(folders: list[Path], stem: Path, share: list[str]) -> Path:
     """Print and write the table over seeds. Returns its file."""
+    import pandas as pd
     from rich.console import Console
     from rich.table import Table
 
-    from lwzlib.exhibits.run_tables import seed_table
+    from lwzlib.exhibits.run_tables import held_out_table, seed_table
 
-    table, path = seed_table(folders), stem.with_name(f"{stem.name}-seeds.csv")
+    table = seed_table(pd.concat([held_out_table(folder) for folder in folders], ignore_index=True))
+    path = stem.with_name(f"{stem.name}-seeds.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, table.to_csv(index=False))
     shown = Table("arm", "reward", "before", "after", "change", "seeds", box=None,

@@ -165,10 +165,10 @@ def test_a_file_that_extends_itself_is_refused(tmp_path):
         load_recipe(_write(tmp_path, f"extends: {path}\n"))
 
 
-def test_the_arms_of_the_readme_are_a_recipe(tmp_path):
-    readme = (RECIPES.parent / "README.md").read_text()
+def test_the_arms_of_the_page_on_recipes_are_a_recipe(tmp_path):
+    page = (RECIPES.parent / "docs" / "recipes.md").read_text()
     path = tmp_path / "mine.yaml"
-    path.write_text(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)[1])
+    path.write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
     mine = load_recipe(path)
     assert {"base-think", "with-kl"} <= set(mine.arms) and mine.for_arm("with-kl").grpo.kl_beta == 0.001
 

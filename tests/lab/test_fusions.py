@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from lwzlib.base.pages import remade
 from lwzlib.base.recipe import load_recipe
 from lwzlib.lab import fusions
 from lwzlib.lab.hacks import ATTACKS, asking
@@ -40,7 +41,7 @@ def test_the_page_is_what_the_command_writes(monkeypatch):
     markdown = fusions._markdown
     monkeypatch.setattr(fusions, "_markdown", lambda table: {1: tables["hacks at the length"], 2: tables["hacks at a quarter"]}[
         len(hacked)] if table is None else markdown(table))
-    assert fusions.rewritten_page(page) == page, "stale: run `python -m lwzlib.lab.fusions`"
+    assert remade(page, fusions.made_part) == page, "stale: run `python -m lwzlib.lab.fusions`"
     assert hacked == [1, 4]
     for table in tables.values():
         head, _, *rows = table.splitlines()

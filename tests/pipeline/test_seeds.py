@@ -1,6 +1,7 @@
 """`lwz run --seeds`: what seeds share and what not, what their rows say of it, and the table over them."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from typer.testing import CliRunner
@@ -11,7 +12,7 @@ from lwzlib.base.rows import RunError, read_rows
 from lwzlib.cli import main
 from lwzlib.cli.options import seed_numbers
 from lwzlib.exhibits.page import write_report
-from lwzlib.exhibits.run_tables import export, run_table, seed_table
+from lwzlib.exhibits.run_tables import export, held_out_table, run_table, seed_table
 from lwzlib.pipeline import notebooks, seeds
 from lwzlib.pipeline.seeds import run_seeds
 from lwzlib.pipeline.stages import arm_stages, run_stage, stage_run
@@ -59,7 +60,7 @@ def test_seeds_share_a_stage_and_their_rows_say_so(recipe, tmp_path, stages_only
     assert shared["nano"] is None and set(shared["nano-seed3"]) == {"cold-start of seed 0"}
     assert "one for all seeds: cold-start. The intervals cover what comes after" in capsys.readouterr().out
 
-    table = seed_table([first, other]).set_index("reward")
+    table = seed_table(pd.concat([held_out_table(first), held_out_table(other)])).set_index("reward")
     for reward in ("length", "format"):
         means = {when: [np.mean([row[reward] for row in rows_of(folder, f"samples-{when}")]) for folder in (first, other)]
                  for when in ("before", "after")}

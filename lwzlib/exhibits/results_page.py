@@ -1,0 +1,71 @@
+"""Tables of docs/results.md, and the verdicts of the README, from the committed rows.
+
+`python -m lwzlib.exhibits.results_page` makes them anew; the words around them stay.
+"""
+
+import pandas as pd
+
+from lwzlib.base.pages import markdown_table, rewrite
+from lwzlib.base.paths import DOCS, FIGURES
+from lwzlib.exhibits.claims import NO_DIFFERENCE, ledger, ledger_markdown, load_claims
+from lwzlib.exhibits.results import Tables, read_tables
+from lwzlib.exhibits.run_tables import quarter_means, seed_table
+
+PAGES = (DOCS / "results.md", DOCS.parent / "README.md")
+VERDICTS = {"supported": "", "not supported": "", NO_DIFFERENCE: "",  # what the table says instead of the claims
+            "inconclusive": "too few seeds, or too small a difference: the ledger says what could have been seen",
+            "not run": "no rows: the ledger says what each needs"}
+
+
+def made_part(name: str) -> str:
+    """Part of a page by the name in its mark: `verdicts`, `ledger`, `rows`, or `training <setting>`, `held-out <setting>`."""
+    tables = read_tables(FIGURES / "results")
+    kind, _, setting = name.partition(" ")
+    return {"verdicts": _verdicts, "ledger": lambda known: ledger_markdown(ledger(load_claims(), known)), "rows": _rows,
+            "training": _training, "held-out": _held_out}[kind](tables.of(setting) if setting else tables)
+
+
+def _verdicts(tables: Tables) -> str:
+    """Number of claims by verdict, each in each setting that tests it; the claims that are decided, by name."""
+    entries = ledger(load_claims(), tables)
+    lines = []
+    for verdict, means in VERDICTS.items():
+        of = [entry for entry in entries if entry.verdict == verdict]
+        named = "; ".join(f"{entry.claim.claim} ({entry.setting})" for entry in of)
+        lines += [(f"**{verdict}**", len(of), means or named)] * bool(of)
+    return markdown_table(("verdict", "claims", "which, or why"), lines)
+
+
+def _rows(tables: Tables) -> str:
+    """What each setting's rows are of: seeds, RL steps, held-out queries, machine, commits."""
+    lines = []
+    for setting in tables.settings:
+        of = tables.of(setting)
+        both = pd.concat([of.rl, of.held_out]).reindex(columns=["arm", "seed", "hardware", "commit", "shared"])
+        listed = {name: sorted(both[name].dropna().astype(str).unique()) for name in both}
+        lines.append((setting, len(listed["arm"]), ", ".join(listed["seed"]), of.rl.step.max() if len(of.rl) else "none",
+                      of.held_out.id.nunique() if len(of.held_out) else "none", "; ".join(listed["hardware"]),
+                      ", ".join(commit[:7] for commit in listed["commit"]), ", ".join(listed["shared"]) or "nothing"))
+    heads = ("setting", "arms", "seeds", "RL steps", "held-out queries", "machine", "commits", "seeds share")
+    return markdown_table(heads, lines)
+
+
+def _training(tables: Tables) -> str:
+    """Rewards in the first and the last quarter of RL: the mean over the seeds, and the lowest and highest of them."""
+    means = quarter_means(tables.rl).groupby(["arm", "quantity"], sort=False)
+    return markdown_table(("arm", "reward", "seeds", "first quarter of RL", "last quarter"), (
+        (*of, len(rows), *(f"{rows[when].mean():.2f} ({rows[when].min():.2f} to {rows[when].max():.2f})"
+                           for when in ("first quarter", "last quarter"))) for of, rows in means), numbers=True)
+
+
+def _held_out(tables: Tables) -> str:
+    """Rewards on held-out queries before and after training, over seeds."""
+    return markdown_table(("arm", "reward", "seeds", "before", "after", "change [95% interval over seeds]"), (
+        (row["arm"], row["reward"], len(row["seeds"].split()), f"{row['before']:.2f}", f"{row['after']:.2f}",
+         f"{row['change']:+.2f} [{row['change_low']:+.2f}, {row['change_high']:+.2f}]")
+        for row in seed_table(tables.held_out[tables.held_out.phase != "during"]).to_dict("records")), numbers=True)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        rewrite(page, made_part)
