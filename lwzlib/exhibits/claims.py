@@ -29,6 +29,7 @@ from lwzlib.exhibits.results import Tables
 from lwzlib.exhibits.run_tables import quarter
 
 NO_DIFFERENCE = "no relevant difference"
+VERDICTS = ("supported", "not supported", NO_DIFFERENCE, "inconclusive", "not run")
 _SEEN = (1.96 + 0.84) / 1.96  # half-intervals: the effect that four repetitions in five would tell from none, if it is normal
 _TERM = re.compile(r"\S+ (before|after|quarter [1-4])")
 
@@ -145,6 +146,11 @@ def ledger(claims: list[Claim], tables: Tables) -> list[Entry]:
                 run.append(Entry(claim, setting, combined_verdict([finding.verdict for finding in findings]), findings))
         entries += run or [Entry(claim, "", "not run", ())]
     return entries
+
+
+def by_verdict(entries: list[Entry]) -> dict[str, list[Entry]]:
+    """Entries by verdict, of the verdicts that some have."""
+    return {verdict: of for verdict in VERDICTS if (of := [entry for entry in entries if entry.verdict == verdict])}
 
 
 def combined_verdict(verdicts: list[str]) -> str:

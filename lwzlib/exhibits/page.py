@@ -12,7 +12,7 @@ from lwzlib.base.rows import RunError, read_json, read_rows, write_atomic
 from lwzlib.base.run_folder import provenance_of, stage_folders, status_of
 from lwzlib.exhibits import catalogue, claims, figures
 from lwzlib.exhibits.length_figure import asked_panel
-from lwzlib.exhibits.results import Tables
+from lwzlib.exhibits.results import Tables, scale_table
 from lwzlib.exhibits.run_tables import (
     REWARDS,
     departures_of,
@@ -52,6 +52,7 @@ def write_page(tables: Tables, folder: Path, runs: Path = Path("runs")) -> Path:
     return _write(
         folder / "index.html", runs=shown_runs, labels=figures.LABELS, compared=_COMPARED, spans=spans,
         settings=[(setting, _exhibits(tables.of(setting), setting)) for setting in catalogue.settings(tables)],
+        verdicts=claims.by_verdict(entries), scales=scale_table(tables),
         entries=[(entry, claims.why_not_run(entry)) for entry in entries], rule=claims.__doc__.partition("\n\n")[2],
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
 

@@ -139,6 +139,21 @@ class Tables:
         return sorted(measured, key=lambda name: (scales.index(name) if name in scales else len(scales), name))
 
 
+def scale_table(tables: Tables) -> pd.DataFrame:
+    """Scale of each setting, as text: model, arms, seeds, RL steps, held-out queries, machine, commits, what seeds share."""
+    rows = []
+    for setting in tables.settings:
+        of = tables.of(setting)
+        both = pd.concat([of.rl, of.held_out]).reindex(columns=["model", "arm", "seed", "hardware", "commit", "shared"])
+        values = {name: sorted(both[name].dropna().astype(str).unique()) for name in both}
+        rows.append({"setting": setting, "model": ", ".join(values["model"]), "arms": len(values["arm"]),
+                     "seeds": ", ".join(values["seed"]), "RL steps": of.rl.step.max() if len(of.rl) else "none",
+                     "held-out queries": of.held_out.id.nunique() if len(of.held_out) else "none",
+                     "machine": "; ".join(values["hardware"]), "commits": ", ".join(commit[:7] for commit in values["commit"]),
+                     "seeds share": ", ".join(values["shared"]) or "nothing"})
+    return pd.DataFrame(rows)
+
+
 def read_tables(results: Path = FIGURES / "results", published: Path = FIGURES / "published") -> Tables:
     """Tables of both folders; a results file that is missing leaves its table empty. Raises DataError, which names file,
     line and field, for a row without its provenance, a row that comes twice, or two runs under one arm and seed."""

@@ -3,18 +3,15 @@
 `python -m lwzlib.exhibits.results_page` makes them anew; the words around them stay.
 """
 
-import pandas as pd
-
 from lwzlib.base.pages import markdown_table, rewrite
 from lwzlib.base.paths import DOCS, FIGURES
-from lwzlib.exhibits.claims import NO_DIFFERENCE, ledger, ledger_markdown, load_claims
-from lwzlib.exhibits.results import Tables, read_tables
+from lwzlib.exhibits.claims import by_verdict, ledger, ledger_markdown, load_claims
+from lwzlib.exhibits.results import Tables, read_tables, scale_table
 from lwzlib.exhibits.run_tables import quarter_means, seed_table
 
 PAGES = (DOCS / "results.md", DOCS.parent / "README.md")
-VERDICTS = {"supported": "", "not supported": "", NO_DIFFERENCE: "",  # what the table says instead of the claims
-            "inconclusive": "too few seeds, or too small a difference: the ledger says what could have been seen",
-            "not run": "no rows: the ledger says what each needs"}
+_WHY = {"inconclusive": "too few seeds, or too small a difference: the ledger says what could have been seen",
+        "not run": "no rows: the ledger says what each needs"}
 
 
 def made_part(name: str) -> str:
@@ -27,27 +24,16 @@ def made_part(name: str) -> str:
 
 def _verdicts(tables: Tables) -> str:
     """Number of claims by verdict, each in each setting that tests it; the claims that are decided, by name."""
-    entries = ledger(load_claims(), tables)
     lines = []
-    for verdict, means in VERDICTS.items():
-        of = [entry for entry in entries if entry.verdict == verdict]
+    for verdict, of in by_verdict(ledger(load_claims(), tables)).items():
         named = "; ".join(f"{entry.claim.claim} ({entry.setting})" for entry in of)
-        lines += [(f"**{verdict}**", len(of), means or named)] * bool(of)
+        lines.append((f"**{verdict}**", len(of), _WHY.get(verdict, named)))
     return markdown_table(("verdict", "claims", "which, or why"), lines)
 
 
 def _rows(tables: Tables) -> str:
-    """What each setting's rows are of: seeds, RL steps, held-out queries, machine, commits."""
-    lines = []
-    for setting in tables.settings:
-        of = tables.of(setting)
-        both = pd.concat([of.rl, of.held_out]).reindex(columns=["arm", "seed", "hardware", "commit", "shared"])
-        listed = {name: sorted(both[name].dropna().astype(str).unique()) for name in both}
-        lines.append((setting, len(listed["arm"]), ", ".join(listed["seed"]), of.rl.step.max() if len(of.rl) else "none",
-                      of.held_out.id.nunique() if len(of.held_out) else "none", "; ".join(listed["hardware"]),
-                      ", ".join(commit[:7] for commit in listed["commit"]), ", ".join(listed["shared"]) or "nothing"))
-    heads = ("setting", "arms", "seeds", "RL steps", "held-out queries", "machine", "commits", "seeds share")
-    return markdown_table(heads, lines)
+    table = scale_table(tables)
+    return markdown_table(table.columns, table.itertuples(index=False))
 
 
 def _training(tables: Tables) -> str:

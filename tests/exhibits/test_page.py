@@ -78,6 +78,9 @@ def test_every_exhibit_is_there_and_nothing_fails(tab, shown, width):
     assert all(wide > 200 and right <= width for _, wide, right in seen if wide), seen
     claims = tab.js("[...document.querySelectorAll('[data-claim]')].map(e => e.querySelector('.verdict').textContent)")
     assert len(claims) > 17 and set(claims) <= {"supported", "not supported", "inconclusive", "not run"}
+    counted = tab.js("[...document.querySelectorAll('.verdicts b')].map(e => e.textContent)")
+    assert counted and sorted(f"{claims.count(verdict)} {verdict}" for verdict in set(claims)) == sorted(counted)
+    assert tab.js("document.querySelector('.verdicts').getBoundingClientRect().bottom") < 900, "not on the first screen"
     assert tab.js("window.hacked") is None and not tab.errors
     nodes = [n for n in tab.call("Accessibility.getFullAXTree")["nodes"] if not n["ignored"]]
     roles = ("checkbox", "combobox", "button", "region", "image", "figure", "DisclosureTriangle")
