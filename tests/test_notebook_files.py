@@ -1,4 +1,5 @@
-"""The exercises: at the end of each notebook, with folded solutions. tests/pipeline/test_notebooks.py runs them."""
+"""The first cell of each notebook, and the exercises at its end, with folded solutions. tests/pipeline/test_notebooks.py runs
+them."""
 
 from pathlib import Path
 
@@ -7,6 +8,14 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 WITHOUT_EXERCISES = ("00", "10")  # a tour of the method, and a page of figures
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_says_what_why_how_long_and_where_terms_are_explained(path):
+    first = nbformat.read(path, 4).cells[0].source
+    places = [first.find(part) for part in ("**Question.** ", "**Why it matters.** ", "**What you will see.** ", "| run time |",
+                                            "[glossary](../docs/glossary.md) · [术语表](../docs/glossary.md)")]
+    assert min(places) > 0 and places == sorted(places)
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name[:2] not in WITHOUT_EXERCISES], ids=lambda path: path.stem)
