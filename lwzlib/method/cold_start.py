@@ -74,10 +74,11 @@ def _documents(recipe: Recipe, run: Run, model, tokenizer) -> list[dict]:
 
 def plan_of(answer: str) -> str:
     """Plan for an answer: its length, then an order. It is short, because what it takes of `max_new_tokens` the answer lacks.
+    It opens with a word that the model would write there: a rarer one ("Length") stays below e^-10 after such a training.
 
     >>> plan_of("Yeast makes gas. Gas makes holes.")
-    'Length: 1 paragraph, 2 sentences. First the main point, then what supports it.'
+    'The answer has 1 paragraph, 2 sentences. First the main point, then what supports it.'
     """
     counts = {"paragraph": len(answer.split("\n\n")), "sentence": len(split_sentences(answer))}
     length = ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
-    return f"Length: {length}. First the main point, then what supports it."
+    return f"The answer has {length}. First the main point, then what supports it."
