@@ -73,8 +73,7 @@ def _documents(recipe: Recipe, run: Run, model, tokenizer) -> list[dict]:
 
 
 def plan_of(answer: str) -> str:
-    """Plan for an answer: its length, then an order. It is short, because what it takes of `max_new_tokens` the answer lacks.
-    It opens with a word that the model would write there: a rarer one ("Length") stays below e^-10 after such a training.
+    """Short plan: the answer's length, then an order. Its first word is a likely one: 40 steps do not teach "Length" there.
 
     >>> plan_of("Yeast makes gas. Gas makes holes.")
     'The answer has 1 paragraph, 2 sentences. First the main point, then what supports it.'

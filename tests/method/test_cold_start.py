@@ -74,7 +74,7 @@ def test_a_document_is_whole_in_its_form_and_its_plan_tells_its_length(answered,
         completion = document["completion"][: document["completion"].index("</answer>") + len("</answer>")]
         parsed = parse(completion, style)
         assert has_form(parsed, style, 5) and parsed.answer == answer
-    assert f"Length: {plan}. " in think["completion"]
+    assert f"<think>The answer has {plan}. " in think["completion"]
 
 
 def test_epochs_and_an_adapter_are_those_of_the_recipe(answered, tmp_path):
