@@ -78,7 +78,7 @@ class Claim(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]
-    of: Literal["paper", "reviewers"]
+    of: Literal["paper", "reviewers", "kit"]
     claim: str
     published: str
     notebook: str
