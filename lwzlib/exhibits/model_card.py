@@ -74,9 +74,13 @@ def write_card(root: str | Path, arm: str, name: str = ".") -> Path:
 
 
 def _departures(stage: Path) -> list:
-    """Departures from the paper, without where and how a judge was asked: an address is nobody else's business."""
-    private = tuple(f"reward.writing.{name}" for name in ("url", "patience_s", "requests"))
-    return [row for row in departures_of(stage_quantities([stage / "recipe.yaml"])) if not row[0].startswith(private)]
+    """Departures from the paper, without where and how a judge was asked, which is nobody else's business, and without the
+    judge's own where its reward has no weight."""
+    left_out = tuple(f"reward.writing.{name}" for name in ("url", "patience_s", "requests"))
+    asked = stage_quantities([stage / "recipe.yaml"])
+    if asked.get("reward.weights.writing", [1.0])[0] == 0:
+        left_out += ("writing_rm.",)
+    return [row for row in departures_of(asked) if not row[0].startswith(left_out)]
 
 
 def on_hub(model: str) -> str:
