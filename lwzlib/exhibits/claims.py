@@ -30,7 +30,7 @@ from lwzlib.exhibits.run_tables import quarter
 
 NO_DIFFERENCE = "no relevant difference"
 VERDICTS = ("supported", "not supported", NO_DIFFERENCE, "inconclusive", "not run")
-_SEEN = (1.96 + 0.84) / 1.96  # half-intervals: the effect that four repetitions in five would tell from none, if it is normal
+_SEEN = (1.96 + 0.84) / 1.96  # half-intervals: the effect that is detected with 80% power, by the normal approximation
 _TERM = re.compile(r"\S+ (before|after|quarter [1-4])")
 
 
@@ -112,7 +112,7 @@ class Finding:
         parts += ["one seed, so no interval over seeds"] * (len(self.seeds) == 1)
         halves = [(high - low) / 2 for low, high in self.intervals.values() if low < high]
         if self.verdict == "inconclusive" and len(self.seeds) > 1 and halves:
-            parts += [f"four times in five {form.format(_SEEN * max(halves)).lstrip('+')} would have been told from none"]
+            parts += [f"an effect of {form.format(_SEEN * max(halves)).lstrip('+')} would have been detected with 80% power"]
         return f"{self.name}: {form.format(self.effect)}; {'; '.join(parts)}"
 
 
@@ -212,7 +212,7 @@ def ledger_markdown(entries: list[Entry]) -> str:
     lines = ["| claim | published | measured here | verdict |", "|---|---|---|---|"]
     for entry in entries:
         measured = "<br>".join([f"*{entry.setting}*", *map(str, entry.findings)]) if entry.findings else why_not_run(entry)
-        cells = (f"{entry.claim.claim} (`{entry.claim.notebook}`, `{entry.claim.command}`)", entry.claim.published, measured,
+        cells = (f"{entry.claim.claim} ({entry.claim.of}; `{entry.claim.notebook}`, `{entry.claim.command}`)", entry.claim.published, measured,
                  f"**{entry.verdict}**")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

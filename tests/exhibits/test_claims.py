@@ -132,7 +132,7 @@ def test_a_difference_that_is_not_worth_having_is_a_verdict_of_its_own(found, wo
 def test_what_stays_open_says_what_could_have_been_seen():
     open_, decided = (claims.Finding("writing", verdict, 0.1, {"4 seeds": (-0.2, 0.4), "9 queries": (0.0, 0.2)}, (0, 1, 2, 3))
                       for verdict in ("inconclusive", "supported"))
-    assert str(open_).endswith("; four times in five 0.43 would have been told from none") and "would" not in str(decided)
+    assert str(open_).endswith("; an effect of 0.43 would have been detected with 80% power") and "would" not in str(decided)
 
 
 @pytest.mark.parametrize(("parts", "verdict"), [
