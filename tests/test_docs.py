@@ -72,8 +72,9 @@ def test_a_command_of_a_page_is_one_that_lwz_takes(command):
         verb, told, words = words[0], told.commands[words[0]], words[1:]
     if words:
         given = told.make_context(verb, words).params
-        if given.get("recipe") in presets():
-            assert load_recipe(given["recipe"], given.get("sets"))
+        named = given["name"] if verb == "recipe" else given.get("recipe")
+        if named in presets():
+            assert load_recipe(named, given.get("sets"))
 
 
 def test_every_choice_has_a_reason():

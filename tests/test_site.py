@@ -11,13 +11,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class _Settings(yaml.SafeLoader):
-    """mkdocs.yml without what only mkdocs knows."""
-
-
 def pages(nav=None):
     """Places of the pages in the site's navigation."""
-    nav = nav or yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Settings)["nav"]
+    nav = nav or yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     for entry in nav:
         target = next(iter(entry.values())) if isinstance(entry, dict) else entry
         if isinstance(target, str):
@@ -38,6 +34,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory):
+    browser.required()
     folder = tmp_path_factory.mktemp("browser")
     with browser.page(folder, folder) as found:
         yield found
@@ -55,6 +52,7 @@ def test_the_reference_has_a_page_for_each_module_of_the_method(site):
 @pytest.mark.parametrize("page", list(pages()))
 def test_a_page_opens_without_errors_and_without_sideways_scrolling(site, tab, page, width):
     tab.size(width)
+    tab.errors.clear()
     tab.open((site / page).as_uri())
     assert tab.js("document.querySelector('h1').textContent.trim().length") > 2
     assert tab.js("document.documentElement.scrollWidth - innerWidth") <= 0

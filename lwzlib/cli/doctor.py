@@ -1,9 +1,12 @@
 """The command `lwz doctor`: what this machine has, what a missing part disables, how to mend it; whether a recipe can run."""
 
+import contextlib
 import importlib.metadata
+import os
 import shutil
 from typing import Annotated
 
+import psutil
 import typer
 from rich import box
 from rich.markup import escape
@@ -39,21 +42,25 @@ def doctor(recipe: Annotated[str | None, typer.Argument(help="Check what this on
     out.print(table)
     if unmet := [part for part in parts["needed"] if part in missing]:
         say(f"This machine cannot run recipe nano before it has {', '.join(unmet)}.", markup=False)
-    else:
-        say(_summary(parts["recipes"]), markup=False)
-    raise typer.Exit(int(bool(unmet)))
+        raise typer.Exit(1)
+    runnable, takes = _runnable(), parts["recipes"]
+    named = ", ".join(f"{name} ({takes[name]})" if name in takes else name for name in runnable)
+    say(f"This machine (cores: {os.cpu_count()}, memory: {psutil.virtual_memory().total / 2**30:.0f} GiB) can run "
+        f"{named or 'no recipe'}. `lwz doctor <recipe>` says why another cannot run.", markup=False)
+    raise typer.Exit(int("nano" not in runnable))
 
 
-def _summary(takes: dict[str, str]) -> str:
-    """One sentence: which recipes this machine can run, and what each takes, where that was measured."""
+def _runnable() -> list[str]:
+    """Presets that this machine can run; none for Slurm where its profile is wrong. Main memory is not checked."""
     from lwzlib.cluster import readiness
+    from lwzlib.cluster.profile import ClusterError
 
-    can = []
+    names, checks = [], set(readiness.CHECKS) - set(readiness.HARMLESS)
     for name in presets():
-        recipe, checks = load_recipe(name), set(readiness.CHECKS) - set(readiness.HARMLESS)
-        if not readiness.reasons(recipe, readiness.place_of(recipe), checks):
-            can.append(f"{name} ({takes[name]})" if name in takes else name)
-    return f"This machine can run {', '.join(can) or 'no recipe'}. `lwz doctor <recipe>` says why another cannot run."
+        recipe = load_recipe(name)
+        with contextlib.suppress(ClusterError):
+            names += [name] * (not readiness.reasons(recipe, readiness.place_of(recipe), checks))
+    return names
 
 
 def _can_run(name: str, sets: list[str] | None) -> bool:

@@ -63,7 +63,7 @@ def claims(results: Path = FIGURES / "results", ledger: Path = FIGURES / "claims
            markdown: Annotated[bool, typer.Option(help="As a Markdown table.")] = False):
     """Print the claims ledger: each claim and its verdict.
 
-    What the paper says, what was measured here, and the verdict that follows from the rows."""
+    What the paper says, or its reviewers or this kit ask, what was measured here, and the verdict that follows."""
     from lwzlib.exhibits import claims as book
     from lwzlib.exhibits.results import read_tables
 

@@ -115,12 +115,12 @@ def corpus(recipe: str, sets: Overrides = None, seed: Seed = 0, run_dir: RunDir 
 
 @app.command(name="recipe", rich_help_panel=START)
 def show_recipe(name: str, sets: Overrides = None,
-                every: Annotated[bool, typer.Option("--all", help="Also the quantities that are as published.")] = False):
+                every: Annotated[bool, typer.Option("--all", help="Also the quantities that are as in `paper`.")] = False):
     """Show in what a recipe departs from the published setting.
 
-    With the confidence of each published value; --all shows what is the same, too."""
+    With the confidence of each published value; --all shows every quantity."""
     loaded = load_recipe(name, sets)
-    here, paper = (flatten(known.model_dump(exclude={"arms"})) for known in (loaded, load_recipe("paper")))
+    here, paper = (flatten(known.model_dump(exclude={"arms", "name"})) for known in (loaded, load_recipe("paper")))
     marks, same = published_marks(), [key for key in here if here[key] == paper.get(key)]
     table = Table(Column("quantity", no_wrap=True), Column("here", overflow="fold"), Column("paper", overflow="fold"), "",
                   title=f"recipe {name}", box=box.SIMPLE_HEAD)
@@ -128,8 +128,8 @@ def show_recipe(name: str, sets: Overrides = None,
         if every or key not in same:
             mark, style = marks.get(key, ("",))[0], "dim" if key in same else "bold"
             table.add_row(key, str(value), str(paper.get(key)), mark, style=style)
-    out.print(table, "A, B: published. N: not published, chosen by this kit. The reasons: docs/departures.md." +
-              ("" if every else f" {len(same)} quantities are as published: --all."))
+    out.print(table, "A, B: published. N: not published, chosen by this kit. Reasons: the comments of the recipe's file. " + (
+        "Bold: departs from `paper`." if every else f"{len(same)} more quantities are as in `paper`: --all shows them."))
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lwzlib.base.pages import markdown_table
 from lwzlib.base.paths import FIGURES
 from lwzlib.base.rows import DataError, read_yaml, validated
 from lwzlib.evaluate.intervals import t_interval
@@ -209,13 +210,13 @@ def _values(tables: Tables, term: str, column: str) -> pd.Series | None:
 
 def ledger_markdown(entries: list[Entry]) -> str:
     """The ledger as a Markdown table."""
-    lines = ["| claim | published | measured here | verdict |", "|---|---|---|---|"]
+    rows = []
     for entry in entries:
+        claim = entry.claim
         measured = "<br>".join([f"*{entry.setting}*", *map(str, entry.findings)]) if entry.findings else why_not_run(entry)
-        cells = (f"{entry.claim.claim} ({entry.claim.of}; `{entry.claim.notebook}`, `{entry.claim.command}`)", entry.claim.published, measured,
-                 f"**{entry.verdict}**")
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"{claim.claim} ({claim.of}; `{claim.notebook}`, `{claim.command}`)", claim.published, measured,
+                     f"**{entry.verdict}**"))
+    return markdown_table(("claim", "published", "measured here", "verdict"), rows)
 
 
 def why_not_run(entry: Entry) -> str:

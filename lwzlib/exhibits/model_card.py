@@ -74,12 +74,13 @@ def write_card(root: str | Path, arm: str, name: str = ".") -> Path:
 
 
 def _departures(stage: Path) -> list:
-    """Departures from the paper, without where and how a judge was asked, which is nobody else's business, and without the
-    judge's own where its reward has no weight."""
+    """Departures from the paper, without where and how a judge was asked, which is nobody else's business, and without all of
+    the judge's own for an arm that none has paid, neither its RL nor what it starts from or copies."""
     left_out = tuple(f"reward.writing.{name}" for name in ("url", "patience_s", "requests"))
     asked = stage_quantities([stage / "recipe.yaml"])
-    if asked.get("reward.weights.writing", [1.0])[0] == 0:
-        left_out += ("writing_rm.",)
+    arm = read_yaml(stage / "recipe.yaml")["inputs"]
+    if asked.get("reward.weights.writing") == [0.0] and (arm.get("start"), arm.get("algorithm")) == ("base", "grpo"):
+        left_out += ("writing_rm.", "reward.writing.")
     return [row for row in departures_of(asked) if not row[0].startswith(left_out)]
 
 

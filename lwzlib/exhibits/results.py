@@ -141,15 +141,16 @@ class Tables:
 
 def scale_table(tables: Tables) -> pd.DataFrame:
     """Scale of each setting, as text: model, arms, seeds, RL steps, held-out queries, machine, commits, what seeds share."""
-    rows = []
+    rows: list[dict] = []
     for setting in tables.settings:
         of = tables.of(setting)
         both = pd.concat([of.rl, of.held_out]).reindex(columns=["model", "arm", "seed", "hardware", "commit", "shared"])
-        values = {name: sorted(both[name].dropna().astype(str).unique()) for name in both}
+        values = {name: list(map(str, sorted(both[name].dropna().unique()))) for name in both}
         rows.append({"setting": setting, "model": ", ".join(values["model"]), "arms": len(values["arm"]),
                      "seeds": ", ".join(values["seed"]), "RL steps": of.rl.step.max() if len(of.rl) else "none",
                      "held-out queries": of.held_out.id.nunique() if len(of.held_out) else "none",
-                     "machine": "; ".join(values["hardware"]), "commits": ", ".join(commit[:7] for commit in values["commit"]),
+                     "machine": "; ".join(values["hardware"]),
+                     "commits": ", ".join(commit[:7] + commit[40:] for commit in values["commit"]),
                      "seeds share": ", ".join(values["shared"]) or "nothing"})
     return pd.DataFrame(rows)
 

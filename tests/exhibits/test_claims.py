@@ -58,7 +58,7 @@ def test_verdicts_change_when_rows_change(tmp_path):
     found = verdicts(tables(tmp_path, rl=made.rl(), held_out=made.held_out()))
     assert {name for name, verdict in found.items() if verdict == "supported"} == {
         "rewards-rise", "think-starts-lower", "think-overtakes", "plan-saturates", "cpt-starts-higher", "cpt-ends-higher",
-        "rl-beats-sft"}
+        "rl-beats-sft", "rl-heeds-length"}
     assert {name for name, verdict in found.items() if verdict == "not run"} == {
         "averaging", "beats-100b", "kl-beta", "plan-cap", "length-hacking", "dilution", "judge-bias",
         "writing-rm"}

@@ -9,6 +9,8 @@ import pytest
 
 from lwzlib.base.paths import FIGURES
 from lwzlib.base.rows import read_yaml
+from lwzlib.exhibits import results_page
+from lwzlib.exhibits.results import read_tables
 from lwzlib.exhibits.results_page import made_part
 
 
@@ -28,10 +30,11 @@ def test_a_quarter_of_training_is_the_mean_over_seeds(reward):
     for row in _committed("nano"):
         if row["arm"] == "base-think":
             steps[row["seed"]].append((int(row["step"]), float(row[reward])))
-    last = [statistics.mean(value for _, value in sorted(rows)[-len(rows) // 4 :]) for rows in steps.values()]
-    assert _cells("training nano", "base-think", reward)[2:] == [
-        str(len(steps)), _cells("training nano", "base-think", reward)[3],
-        f"{statistics.mean(last):.2f} ({min(last):.2f} to {max(last):.2f})"]
+    runs = [[value for _, value in sorted(rows)] for rows in steps.values()]
+    quarters = [[statistics.mean(part) for part in parts] for parts in (
+        [run[: len(run) // 4] for run in runs], [run[-len(run) // 4 :] for run in runs])]
+    assert _cells("training nano", "base-think", reward)[2:] == [str(len(steps)), *(
+        f"{statistics.mean(means):.2f} ({min(means):.2f} to {max(means):.2f})" for means in quarters)]
 
 
 @pytest.mark.parametrize("arm", ["base-think", "sft"])
@@ -53,6 +56,12 @@ def test_every_claim_has_one_verdict_a_setting():
     counted = sum(int(count) for count in re.findall(r"^\| \*\*[\w ]+\*\* \| (\d+) \|", made_part("verdicts"), re.MULTILINE))
     ledger = made_part("ledger").splitlines()[2:]
     assert counted == len(ledger) >= len(read_yaml(FIGURES / "claims.yaml"))
+
+
+@pytest.mark.parametrize("part", ["rows", "training nano", "held-out nano"])
+def test_without_rows_a_table_says_so(tmp_path, monkeypatch, part):
+    monkeypatch.setattr(results_page, "_committed", lambda: read_tables(tmp_path))
+    assert made_part(part) == "No rows: not run here.\n"
 
 
 def test_rows_names_each_setting_once():
