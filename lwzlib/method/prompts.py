@@ -56,7 +56,7 @@ def wrap(plan: str, answer: str, style: Style) -> str:
 
 
 def framed(query: str, style: Style | Literal["bare"], frame: str, prompt: Prompt | None = None) -> Framed:
-    """A query in its frame: plain text for a base model, messages for an instruct model. `bare` has no instruction or `prompt`."""
+    """A query in its frame: plain text for a base model, messages for an instruct model. `bare`: without any instruction."""
     language = language_of(query)
     instruction, examples = "", []
     if style != "bare":
