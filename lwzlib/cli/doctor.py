@@ -59,7 +59,8 @@ def _runnable() -> list[str]:
     for name in presets():
         recipe = load_recipe(name)
         with contextlib.suppress(ClusterError):
-            names += [name] * (not readiness.reasons(recipe, readiness.place_of(recipe), checks))
+            if not readiness.reasons(recipe, readiness.place_of(recipe), checks):
+                names.append(name)
     return names
 
 

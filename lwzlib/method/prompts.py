@@ -56,7 +56,8 @@ def wrap(plan: str, answer: str, style: Style) -> str:
 
 
 def framed(query: str, style: Style | Literal["bare"], frame: str, prompt: Prompt | None = None) -> Framed:
-    """A query in its frame: plain text for a base model, messages for an instruct model. `bare`: without any instruction."""
+    """A query in its frame: plain text for a base model, messages for an instruct model. `bare` is the query without any
+    instruction, and needs no `prompt`."""
     language = language_of(query)
     instruction, examples = "", []
     if style != "bare":

@@ -19,7 +19,7 @@ DOMAINS = {"D1": "Academic & Engineering", "D2": "Finance & Business", "D3": "Po
 
 
 class Query(BaseModel):
-    """One writing request; 0 < lower <= upper <= 12000 in `word_range`, in words; `language` is that of the answer."""
+    """One writing request. `word_range`: 0 < lower <= upper <= 12000, in words; `language` is that of the answer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
